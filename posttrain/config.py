@@ -1,0 +1,209 @@
+"""Recipe values: everything a user chooses, typed, validated and documented where it is declared.
+
+All values are frozen pydantic models that forbid unknown fields; a recipe pickles, compares and prints.
+GRPO's fields carry the names of TRL's ``GRPOConfig``, so that settings move over unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.errors import RecipeError
+from posttrain.protocols import Environment, GroupReward, Reward, Substrate, TaskSource, Teacher
+from posttrain.types import Sampling
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Value(BaseModel):
+    """Base of all recipe values."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+
+class Lora(Value):
+    """Low-rank adapters (arXiv 2106.09685) through peft; the base weights stay frozen."""
+
+    rank: Positive = 16
+    alpha: float = 32.0
+    dropout: Fraction = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class Model(Value):
+    """The base model every specialist and the student start from."""
+
+    path: str
+    """A local folder, a hub name, ``package:IMPORT/sub/path`` for a checkpoint inside an installed Python
+    package, or any of these ending in ``.gguf`` (converted once to a plain checkpoint in the cache)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
+    model is big enough to gain. Master weights are float32 always."""
+    lora: Lora | None = None
+
+
+class Optim(Value):
+    """AdamW and its schedule; names as in ``transformers.TrainingArguments``."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.99
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+
+
+class SFT(Value):
+    """Supervised fine-tuning through TRL's ``SFTTrainer`` on the domain's demonstrations."""
+
+    num_demonstrations: Positive = 256
+    max_steps: Positive = 50
+    batch_size: Positive = 16
+    """Demonstrations per optimizer step."""
+    max_length: Positive = 1024
+    optim: Optim = Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=5)
+    save_steps: Positive = 50
+
+
+class GRPO(Value):
+    """Group relative policy optimisation; fields named as in TRL's ``GRPOConfig``."""
+
+    max_steps: Positive = 100
+    groups_per_step: Positive = 8
+    """Tasks per rollout step; each gives ``num_generations`` rollouts."""
+    num_generations: int = Field(default=8, ge=2)
+    num_iterations: Positive = 1
+    """Passes over each rollout batch (mu in the paper)."""
+    minibatches_per_step: Positive = 1
+    """Optimizer steps per pass; samples are shuffled over mini-batches."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """``sequence`` with ``loss_type="grpo"`` is GSPO (arXiv 2507.18071)."""
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    """Divisor of the centred reward; V3.2 centres only."""
+    epsilon: float = Field(default=0.2, gt=0)
+    epsilon_high: float | None = None
+    """Upper clip; None means ``epsilon`` (for cispo it is the absolute cap of the ratio)."""
+    delta: float | None = None
+    """Two-sided clip: upper bound of the ratio for negative advantages."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the model at the start of the stage."""
+    use_bias_correction_kl: bool = True
+    """Multiply K3 by the importance ratio, which makes its gradient unbiased (V3.2)."""
+    off_policy_mask_threshold: float | None = None
+    """Drop negative-advantage sequences whose mean log-ratio to the behaviour policy exceeds this (V3.2)."""
+    mask_truncated_completions: bool = False
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    entropy_coef: float = 0.0
+    optim: Optim = Optim(learning_rate=2e-5)
+    tokens_per_micro_batch: Positive = 4096
+    """Token budget of one packed forward pass; the number of micro-batches follows from the work."""
+    save_steps: Positive = 25
+
+
+class Distill(Value):
+    """Multi-teacher on-policy distillation: L = sum_i w_i KL(student || teacher_i), exact over the vocabulary,
+    on the student's own rollouts (DeepSeek-V4, Eq. 29)."""
+
+    max_steps: Positive = 100
+    rollouts_per_step: Positive = 64
+    """Over all domains; each domain's share follows its ``share``."""
+    minibatches_per_step: Positive = 1
+    divergence: Literal["reverse_kl"] = "reverse_kl"
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides both logits."""
+    optim: Optim = Optim(learning_rate=2e-5)
+    tokens_per_micro_batch: Positive = 4096
+    loss_chunk_tokens: Positive = 512
+    """Loss positions per [tokens x vocabulary] tile."""
+    teacher_memory_mb: Positive = 4096
+    """Resident teachers and heads stay below this; one teacher at a time is loaded on demand in any case."""
+    save_steps: Positive = 25
+
+
+class Evaluation(Value):
+    """Held-out comparison of base, SFT, specialist and student."""
+
+    num_tasks: Positive = 200
+    """Held-out tasks per domain."""
+    num_samples: Positive = 4
+    """Sampled rollouts per task, besides one greedy rollout."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    bootstrap_resamples: Positive = 2000
+
+
+class Workers(Value):
+    """How rollouts are spread over Ray actors and what is done when something hangs or breaks."""
+
+    num_actors: Positive = 1
+    cpus_per_actor: float = Field(default=1.0, gt=0)
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    threads_per_actor: int = Field(default=0, ge=0)
+    """Torch threads in an actor; 0 takes all cores of the node."""
+    max_batch_size: Positive = 64
+    """Rows decoded together by one engine."""
+    max_concurrent_episodes: Positive = 64
+    max_concurrent_sandboxes: Positive = 16
+    episode_deadline_s: float = Field(default=120.0, gt=0)
+    reward_deadline_s: float = Field(default=60.0, gt=0)
+    max_retries: int = Field(default=2, ge=0)
+    """Extra attempts at an episode that failed for a reason that is not the policy's."""
+    min_group_size: int = Field(default=2, ge=2)
+    """A group with fewer scored rollouts than this leaves the step."""
+
+
+class Domain(Value):
+    """One skill: its tasks, how they are played and scored, and how its specialist is trained."""
+
+    tasks: TaskSource
+    reward: Reward | GroupReward
+    environment: Environment
+    sampling: Sampling = Sampling()
+    sft: SFT | None = None
+    grpo: GRPO | None = None
+    teacher: Teacher | None = None
+    """A ready-made specialist, instead of training one here."""
+    weight: float = Field(default=1.0, gt=0)
+    """w_i of the OPD objective."""
+    share: float = Field(default=1.0, gt=0)
+    """Relative share of this domain's rollouts in OPD."""
+    max_sequence_tokens: Positive = 1024
+    """Window of a whole episode, prompt and all turns."""
+
+    @model_validator(mode="after")
+    def _one_source_of_skill(self) -> Self:
+        if self.teacher is not None and (self.sft is not None or self.grpo is not None):
+            raise RecipeError(
+                "domain: teacher is set together with sft or grpo; expected either a ready-made teacher or stages "
+                "that train one; remove one of the two"
+            )
+        return self
+
+
+class Recipe(Value):
+    """A whole run as a value: specialists, their merge, and the proof."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    model: Model
+    domains: Mapping[str, Domain] = Field(min_length=1)
+    distill: Distill | None = None
+    evaluation: Evaluation = Evaluation()
+    workers: Workers = Workers()
+    substrate: Substrate | None = None
+    """Kind of sandbox for tools and for running code; None when no domain needs one."""
+    judge_lag_steps: Positive = 10
+    """Age, in learner steps, of the policy snapshot that answers as judge."""
+    seed: int = 0

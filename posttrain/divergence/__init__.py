@@ -1,0 +1,1 @@
+"""Exact full-vocabulary divergences computed from hidden states."""

@@ -1,0 +1,27 @@
+"""The three kinds of failure that are ours to name. Everything else is a builtin."""
+
+from __future__ import annotations
+
+
+class RecipeError(ValueError):
+    """The recipe, an override or an input is wrong. The message names field, value, expectation and remedy."""
+
+
+class SandboxError(RuntimeError):
+    """The sandbox machinery failed. Never the payload's fault, so never scored."""
+
+
+class SandboxUnavailable(SandboxError):
+    """No such substrate can run on this machine; the message says what to install."""
+
+
+class SandboxLost(SandboxError):
+    """A box that was open is gone: agent, channel, host or daemon. Never a result, never a reward."""
+
+
+class Unsupported(SandboxError):
+    """This substrate cannot do what was asked; there is no silent downgrade."""
+
+
+class JudgeError(RuntimeError):
+    """The judge failed or could not be read. The rollout stays unscored; it does not get 0.0."""

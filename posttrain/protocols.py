@@ -1,0 +1,239 @@
+"""The ports: what an engine, an environment, a sandbox, a reward, a judge and a teacher must do.
+
+A part that satisfies one of these protocols plugs in without registration or base class. A noun in a recipe
+(``Environment``, ``Substrate``, ``Reward``, ``Teacher``) is a frozen value that pickles; its verb makes the live
+thing where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from posttrain.types import (
+    Completion,
+    ExecResult,
+    IntArray,
+    Message,
+    Request,
+    Rollout,
+    SandboxSpec,
+    Score,
+    Task,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Engine(Protocol):
+    """Generates tokens for many requests at once."""
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that produce the next token."""
+        ...
+
+    async def generate(self, request: Request) -> Completion:
+        """Complete one request. Many calls run concurrently and share forward passes.
+
+        Raises ``ValueError`` when the prompt leaves no room in the model's window. Cancelling the awaiting
+        task frees the request's place.
+        """
+        ...
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replace the weights between two decode steps. Tokens already generated keep their version."""
+        ...
+
+    def close(self) -> None:
+        """Stop generating and free the model. Pending requests fail with ``RuntimeError``."""
+        ...
+
+
+@runtime_checkable
+class Sandbox(Protocol):
+    """One box. Paths are relative to the workdir; absolute paths and ``..`` raise ``ValueError``."""
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        max_output: int = 1 << 20,
+        env: Mapping[str, str] | None = None,
+    ) -> ExecResult:
+        """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
+
+        Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
+        """
+        ...
+
+    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
+        """Content of a regular file. ``FileNotFoundError``, ``IsADirectoryError``; ``ValueError`` above the cap."""
+        ...
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Create or replace a file, atomically, with its parent directories."""
+        ...
+
+    async def list(self, path: str = ".") -> list[str]:
+        """Names of the regular files below a directory, recursively, relative to the workdir, sorted."""
+        ...
+
+
+@runtime_checkable
+class Substrate(Protocol):
+    """A kind of box."""
+
+    name: str
+
+    def capabilities(self) -> Mapping[str, Any]:
+        """What this kind guarantees: ``isolation``, ``network``, ``limits``, ``image`` and more."""
+        ...
+
+    def check(self) -> None:
+        """Raise ``SandboxUnavailable``, saying what to install, if boxes cannot be opened here."""
+        ...
+
+    def open(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
+        """A fresh box; leaving the context kills everything in it and removes it."""
+        ...
+
+
+class Episode(Protocol):
+    """One rollout's live side of an environment."""
+
+    async def respond(self, text: str) -> tuple[Message, ...] | None:
+        """What the world answers to the policy's turn; None ends the episode."""
+        ...
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        """Files to keep for grading, read when the episode is over."""
+        ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """How a task is played."""
+
+    max_turns: int
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> Episode:
+        """Begin an episode. ``sandbox`` is open when the task asks for one, and closed by the caller."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores one rollout. Anything with this method is a reward."""
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        """Score a rollout. Raise when the machinery fails; the caller records it as unscored.
+
+        ``sandbox`` is fresh and belongs to this rollout's grading alone. It is opened when the reward has a
+        ``sandbox: SandboxSpec`` attribute that is not None.
+        """
+        ...
+
+
+@runtime_checkable
+class GroupReward(Protocol):
+    """Scores all rollouts of a task together, for rewards that compare."""
+
+    async def score_group(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
+        """One score per rollout, in order."""
+        ...
+
+
+@runtime_checkable
+class Ask(Protocol):
+    """Puts one conversation to a model and returns its reply as text."""
+
+    async def __call__(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> str: ...
+
+
+@runtime_checkable
+class PolicyJudged(Protocol):
+    """A reward whose judge is the policy itself; the rollout worker lends it a lagged snapshot."""
+
+    def with_policy(self, ask: Ask) -> Reward:
+        """The same reward, asking this policy snapshot."""
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Answers judge prompts."""
+
+    async def ask(self, messages: Sequence[Message], *, max_tokens: int, seed: int) -> str:
+        """The reply as text. Raises ``JudgeError`` when no reply can be had."""
+        ...
+
+
+@runtime_checkable
+class TaskSource(Protocol):
+    """Where tasks come from. Two splits that never share a task."""
+
+    def train(self, *, seed: int) -> Iterable[Task]:
+        """Tasks to learn from, in a seeded order; may be endless."""
+        ...
+
+    def heldout(self, *, count: int) -> Sequence[Task]:
+        """Up to ``count`` tasks never trained on, the same ones every time."""
+        ...
+
+    def demonstrations(self, *, count: int, seed: int) -> Sequence[Demonstration]:
+        """Conversations to imitate in SFT, on training tasks only. Empty where the domain has none."""
+        ...
+
+
+Demonstration = tuple[Message, ...]
+"""A full conversation, prompt included; the loss is on the assistant's messages."""
+
+
+class TeacherModel(Protocol):
+    """A loaded teacher. It owns whatever lies between its last layer and its logits."""
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Output projection, [V, D_teacher], in the dtype the teacher computes with."""
+        ...
+
+    def hidden_states(self, sequences: Sequence[IntArray]) -> Sequence[torch.Tensor]:
+        """The states that enter the head (after the final norm), one [T, D_teacher] tensor per sequence."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen model to learn from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash: equal fingerprints mean equal logits."""
+        ...
+
+    def load(self, device: str) -> TeacherModel: ...
+
+
+class StateStore(Protocol):
+    """Keeps hidden states between the teacher's forward pass and the learner's use of them."""
+
+    def put(self, key: str, states: torch.Tensor) -> None:
+        """Keep one [L, D] bf16 tensor (loss positions only). A second put of a key replaces the first."""
+        ...
+
+    def get(self, key: str) -> torch.Tensor:
+        """The tensor, bit for bit. ``KeyError`` names a key that is not there."""
+        ...
+
+    def free(self, keys: Iterable[str]) -> None:
+        """Forget what has been consumed; unknown keys are ignored."""
+        ...

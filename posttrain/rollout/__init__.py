@@ -1,0 +1,1 @@
+"""Episodes: tasks played by a policy in an environment, many at once, in Ray actors."""

@@ -1,0 +1,344 @@
+"""The data that flows: tasks become rollouts, rollouts are scored in groups, samples reach the learner.
+
+Everything here is a frozen value that pickles. Provenance rides on the object: a rollout carries its task,
+a task its domain, a sample its teacher. Per-token data are NumPy arrays; torch appears only where it is
+computed with, so that importing this module stays light.
+
+Shape letters: ``T`` tokens of one rollout or sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Message(TypedDict):
+    """One message of a conversation, in the form Hugging Face chat templates take."""
+
+    role: str
+    content: str
+    reasoning: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSpec:
+    """The box a task or a reward asks for. Limits are enforced by the substrate, not by the payload."""
+
+    image: str = "default"
+    workdir: str = "/work"
+    cpus: float = 1.0
+    memory_mb: int = 256
+    disk_mb: int = 64
+    """Size of the writable part; the root file system is read-only."""
+    max_processes: int = 32
+    timeout_s: float = 10.0
+    """Wall-clock limit of one command unless the command names its own."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files written below ``workdir`` before the first command: relative path -> content."""
+
+
+class ExecStatus(StrEnum):
+    """How a command ended. All of these are the payload's doing; a lost box raises ``SandboxLost``."""
+
+    EXITED = "exited"
+    SIGNALED = "signaled"
+    TIMEOUT = "timeout"
+    OUTPUT_LIMIT = "output_limit"
+    OOM = "oom"
+    PIDS_LIMIT = "pids_limit"
+    DISK_FULL = "disk_full"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecResult:
+    """What one command did. Partial output is always kept."""
+
+    status: ExecStatus
+    exit_code: int | None
+    """Return code when ``status`` is EXITED; None otherwise."""
+    signal: int | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated_bytes: int = 0
+    """Bytes of output beyond the cap that were thrown away, both streams together."""
+    wall_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return self.status is ExecStatus.EXITED and self.exit_code == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One problem with what is needed to grade it."""
+
+    id: str
+    domain: str
+    prompt: tuple[Message, ...]
+    answer: str | None = None
+    sandbox: SandboxSpec | None = None
+    """The box the rollout works in; None for tasks without tools."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Grading data that only the domain's own reward reads, such as unit tests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. ``temperature=0`` is greedy decoding."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    """Budget of one turn; a resumed request gets what was left, not the whole."""
+
+    def __post_init__(self) -> None:
+        for name, value, valid, expected in (
+            ("temperature", self.temperature, self.temperature >= 0, "a number >= 0 (0 is greedy)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("top_k", self.top_k, self.top_k >= 0, "an integer >= 0 (0 turns it off)"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer >= 1"),
+        ):
+            if not valid:
+                raise ValueError(f"Sampling.{name} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion wanted from an engine."""
+
+    id: str
+    """Unique within a run; with ``seed`` and the position it keys every random number drawn for it."""
+    prompt_ids: IntArray
+    sampling: Sampling
+    seed: int = 0
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine generated for one request. The three arrays have one entry per generated token."""
+
+    request_id: str
+    token_ids: IntArray
+    """Includes the end-of-turn token when ``finish`` is STOP."""
+    logprobs: FloatArray
+    """Natural log-probability of each token under the distribution it was really drawn from (after
+    temperature and truncation)."""
+    versions: IntArray
+    """Weight version that produced each token."""
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One policy call and what the world answered.
+
+    ``context_ids`` are the tokens added since the previous turn (the whole prompt on the first turn,
+    the encoded observations and the generation prompt later), so concatenating context and completion
+    over the turns gives exactly the sequence the policy saw. Text is never re-tokenised.
+    """
+
+    context_ids: IntArray
+    completion: Completion
+    text: str
+    """The decoded completion without its end-of-turn token."""
+    observations: tuple[Message, ...] = ()
+
+
+class StopReason(StrEnum):
+    FINISHED = "finished"
+    """The policy ended the episode."""
+    LENGTH = "length"
+    """A turn, or the conversation, ran out of tokens."""
+    TURNS = "turns"
+    """The turn limit of the environment was reached."""
+    DEADLINE = "deadline"
+    """The episode's wall-clock deadline passed: a machinery failure, never scored."""
+    ERROR = "error"
+    """Something other than the policy failed: a machinery failure, never scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One attempt at a task."""
+
+    id: str
+    task: Task
+    turns: tuple[Turn, ...]
+    stop: StopReason
+    error: str | None = None
+    artifacts: Mapping[str, bytes] = field(default_factory=dict)
+    """Files the environment took out of the sandbox at the end, by path, for grading elsewhere."""
+    wall_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The last thing the policy said."""
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def failed(self) -> bool:
+        """True when the machinery failed, so that no reward may be given."""
+        return self.stop in (StopReason.ERROR, StopReason.DEADLINE)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation after the prompt: what the policy said and what the world answered."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.text}, *turn.observations]
+        return tuple(said)
+
+    @cached_property
+    def token_ids(self) -> IntArray:
+        """All tokens in the order the policy saw them, shape [T]."""
+        return self._join([(t.context_ids, t.completion.token_ids) for t in self.turns], np.int32)
+
+    @cached_property
+    def loss_mask(self) -> BoolArray:
+        """True on the tokens the policy generated, shape [T]."""
+        return self._join(
+            [(np.zeros(len(t.context_ids)), np.ones(len(t.completion.token_ids))) for t in self.turns], np.bool_
+        )
+
+    @cached_property
+    def logprobs(self) -> FloatArray:
+        """Behaviour log-probabilities, NaN where ``loss_mask`` is False, shape [T]."""
+        return self._join(
+            [(np.full(len(t.context_ids), np.nan), t.completion.logprobs) for t in self.turns], np.float32
+        )
+
+    @cached_property
+    def versions(self) -> IntArray:
+        """Weight version of each generated token, -1 where ``loss_mask`` is False, shape [T]."""
+        return self._join([(np.full(len(t.context_ids), -1), t.completion.versions) for t in self.turns], np.int32)
+
+    @property
+    def num_generated(self) -> int:
+        return sum(len(t.completion.token_ids) for t in self.turns)
+
+    @staticmethod
+    def _join(pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], dtype: Any) -> npt.NDArray[Any]:
+        parts = [part for pair in pairs for part in pair]
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+class ScoreStatus(StrEnum):
+    """Why a score is what it is. Everything but OK and VETOED comes with ``value=None``."""
+
+    OK = "ok"
+    VETOED = "vetoed"
+    ROLLOUT_ERROR = "rollout_error"
+    REWARD_ERROR = "reward_error"
+    SANDBOX_ERROR = "sandbox_error"
+    JUDGE_ERROR = "judge_error"
+    PARSE_ERROR = "parse_error"
+    TIMEOUT = "timeout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgment:
+    """One answer of a judge about one criterion."""
+
+    criterion: str
+    verdict: str
+    """``met``, ``unmet``, ``cannot_assess``, or one of the criterion's choices."""
+    score: float | None
+    evidence: str = ""
+    reply: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A reward's verdict on a rollout. ``value=None`` means it could not be scored, which is not zero."""
+
+    value: float | None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    status: ScoreStatus = ScoreStatus.OK
+    error: str | None = None
+    judgments: tuple[Judgment, ...] = ()
+    rubric_version: str | None = None
+    flags: tuple[str, ...] = ()
+    explanation: str = ""
+    """One sentence for the person who reads the report."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The rollouts of one task with their scores, index by index."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.rollouts) != len(self.scores):
+            raise ValueError(
+                f"Group of task {self.task.id!r}: {len(self.rollouts)} rollouts but {len(self.scores)} scores; "
+                "every rollout needs exactly one score"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One token sequence for the learner. All arrays have shape [T]."""
+
+    id: str
+    task_id: str
+    domain: str
+    token_ids: IntArray
+    loss_mask: BoolArray
+    """True on the tokens that carry loss; a token at position 0 has no predecessor and cannot."""
+    logprobs: FloatArray
+    """Behaviour log-probabilities; read only where ``loss_mask`` is True."""
+    versions: IntArray
+    advantage: float = 0.0
+    teacher: str | None = None
+    """Name of the teacher this sample is distilled from (OPD)."""
+    weight: float = 1.0
+    """The teacher's weight w_i in the OPD objective."""
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        for name in ("loss_mask", "logprobs", "versions"):
+            found = len(getattr(self, name))
+            if found != size:
+                raise ValueError(
+                    f"Sample {self.id!r}: {name} has {found} entries for {size} tokens. A mask or log-probability "
+                    "of the wrong length is never padded, since a shifted one trains on the wrong tokens; "
+                    "fix the environment or engine that produced it"
+                )
+        if size and self.loss_mask[0]:
+            raise ValueError(
+                f"Sample {self.id!r}: loss_mask is True at position 0, but the first token has no context to be "
+                "predicted from; give the prompt at least one token"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())

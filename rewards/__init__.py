@@ -1,0 +1,1 @@
+"""Rewards: verifiable checks, rubrics, judges, and adapters for reward functions written elsewhere."""
