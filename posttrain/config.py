@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Environment, GroupReward, Reward, Substrate, TaskSource, Teacher
+from posttrain.protocols import Environment, GroupReward, Reward, Substrate, TaskSource, Teacher, TeacherLibrary
 from posttrain.types import Sampling
 
 Positive = Annotated[int, Field(ge=1)]
@@ -118,6 +118,8 @@ class Distill(Value):
     """Multi-teacher on-policy distillation: L = sum_i w_i KL(student || teacher_i), exact over the vocabulary,
     on the student's own rollouts (DeepSeek-V4, Eq. 29)."""
 
+    teachers: TeacherLibrary
+    """How specialists are loaded as teachers and their states cached."""
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
@@ -129,8 +131,6 @@ class Distill(Value):
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive = 512
     """Loss positions per [tokens x vocabulary] tile."""
-    teacher_memory_mb: Positive = 4096
-    """Resident teachers and heads stay below this; one teacher at a time is loaded on demand in any case."""
     save_steps: Positive = 25
 
 

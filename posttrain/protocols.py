@@ -8,7 +8,7 @@ thing where it is used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from posttrain.types import (
@@ -18,6 +18,7 @@ from posttrain.types import (
     Message,
     Request,
     Rollout,
+    Sample,
     SandboxSpec,
     Score,
     Task,
@@ -236,4 +237,40 @@ class StateStore(Protocol):
 
     def free(self, keys: Iterable[str]) -> None:
         """Forget what has been consumed; unknown keys are ignored."""
+        ...
+
+
+class TeacherPool(Protocol):
+    """All teachers of a merge, of which few are in memory at any time."""
+
+    def cache_states(self, samples: Sequence[Sample]) -> Mapping[str, float]:
+        """Run each sample's teacher over it and keep the states that predict its loss tokens.
+
+        Teachers are visited one after another. Returns costs: loads, seconds waited, bytes cached.
+        """
+        ...
+
+    def states(self, sample_id: str) -> torch.Tensor:
+        """The cached states of one sample, [num_loss_tokens, D_teacher]."""
+        ...
+
+    def head(self, name: str) -> torch.Tensor:
+        """The output projection of a teacher, [V, D_teacher]; at most one is on the device."""
+        ...
+
+    def free(self, samples: Sequence[Sample]) -> None:
+        """Forget the states of samples that were consumed."""
+        ...
+
+
+@runtime_checkable
+class TeacherLibrary(Protocol):
+    """Where teachers come from and how they are kept; a value in a recipe."""
+
+    def from_checkpoint(self, path: str) -> Teacher:
+        """A teacher from a checkpoint a stage has written."""
+        ...
+
+    def open(self, teachers: Mapping[str, Teacher], *, student_path: str) -> AbstractContextManager[TeacherPool]:
+        """Check every teacher against the student, then open the pool. Raises ``RecipeError``."""
         ...

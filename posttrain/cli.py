@@ -1,0 +1,155 @@
+"""The command line: ``posttrain list | show | run | eval | report | doctor``. The only module that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RecipeError, SandboxError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0, or 2 after a message when the input or the machine is at fault."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _check_names_are_ours()
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        return command(arguments)
+    except (RecipeError, SandboxError, OSError) as problem:
+        print(f"posttrain: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("posttrain: interrupted; `posttrain run --resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="posttrain", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=run)
+        return command
+
+    add("list", _list, "List the recipes that come with the package.")
+    for name, run, text in (
+        ("show", _show, "Print a recipe with every setting resolved."),
+        ("run", _run, "Run a recipe: train the specialists, merge them, prove the result."),
+        ("eval", _eval, "Measure any checkpoint on the held-out tasks of a recipe."),
+        ("doctor", _doctor, "Check that this machine can run a recipe."),
+    ):
+        command = add(name, run, text)
+        default = {"nargs": "?", "default": "quickstart"} if name == "doctor" else {}
+        command.add_argument("recipe", help="short name, module, module:function or file.py", **default)  # type: ignore[arg-type]
+        command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides")
+        if name == "run":
+            command.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/<recipe name>)")
+            command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
+        if name == "eval":
+            command.add_argument("--model", required=True, help="checkpoint folder, hub name or package: path")
+            command.add_argument("--json", type=Path, help="also write the scores to this file")
+    report = add("report", _report, "Write report.html, report.json and the plots of a run again.")
+    report.add_argument("run_dir", type=Path)
+    return parser
+
+
+def _list(_: argparse.Namespace) -> int:
+    from posttrain.loader import list_recipes
+
+    recipes = list_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, summary in sorted(recipes.items()):
+        print(f"{name:<{width}}  {summary}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from posttrain.loader import load_recipe
+    from posttrain.overrides import describe
+    from posttrain.pipeline import plan
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(json.dumps(describe(recipe), indent=2))
+    print(f"stages: {' -> '.join(stage.name for stage in plan(recipe))}", file=sys.stderr)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from posttrain.loader import load_recipe
+    from posttrain.pipeline import run_recipe
+    from posttrain.runs.progress import print_report
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    path = arguments.run_dir or Path("runs") / recipe.name
+    report = run_recipe(
+        recipe,
+        target=arguments.recipe,
+        overrides=tuple(arguments.overrides),
+        path=path,
+        resume=arguments.resume,
+    )
+    print_report(report)
+    print(f"report: {path / 'report.html'}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from posttrain.loader import load_recipe
+    from posttrain.pipeline import evaluate_checkpoint
+    from posttrain.runs.progress import print_evaluation
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    scores = evaluate_checkpoint(recipe, arguments.model)
+    print_evaluation(scores)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from posttrain.runs.progress import print_report
+    from posttrain.runs.report import write_report
+    from posttrain.runs.rundir import RunDir
+
+    if not (arguments.run_dir / "recipe.json").exists():
+        raise RecipeError(
+            f"{arguments.run_dir} is not a run directory: it has no recipe.json; give the --run-dir of a run"
+        )
+    with RunDir.open(arguments.run_dir) as run:
+        print_report(write_report(run))
+    print(f"report: {arguments.run_dir / 'report.html'}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from posttrain.doctor import examine
+    from posttrain.loader import load_recipe
+
+    findings = examine(load_recipe(arguments.recipe, arguments.overrides))
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<10} {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 2
+
+
+def _check_names_are_ours() -> None:
+    """Other distributions use the names ``rewards``, ``teachers`` and ``recipes`` too, and would win silently."""
+    import importlib
+
+    names = ("posttrain", "teachers", "rewards", "sandbox", "recipes")
+    files: dict[str, Any] = {name: importlib.import_module(name).__file__ for name in names}
+    home = Path(str(files["posttrain"])).parent.parent
+    for name, file in files.items():
+        if file is None or Path(file).parent.parent != home:
+            raise RecipeError(
+                f"the package {name!r} comes from {file}, not from posttrain; uninstall the other distribution of that "
+                f"name (pip uninstall {name}) and install posttrain again"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Checks that cost seconds before a run that costs hours. Every failure is a ``RecipeError`` or a sandbox error."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+from posttrain.config import Domain, Recipe
+from posttrain.errors import RecipeError, SandboxUnavailable
+from posttrain.protocols import Reward, Teacher
+from posttrain.types import Task
+
+PROBED_TASKS = 64
+"""Training tasks looked at; a source may be endless."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
+    from posttrain.conversation.chat import ChatFormat
+    from posttrain.models import load_tokenizer, resolve_path
+
+    base = resolve_path(recipe.model.path)
+    chat = ChatFormat(load_tokenizer(base))
+    for name, domain in recipe.domains.items():
+        tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
+        for task in tasks:
+            _check_window(name, domain, task, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+        _check_sandbox(recipe, name, domain, tasks)
+        if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
+            raise RecipeError(
+                f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
+            )
+        if isinstance(domain.teacher, Teacher):
+            # Reading a teacher's fingerprint finds a missing checkpoint now rather than after the specialists.
+            _ = domain.teacher.fingerprint
+
+
+def _check_tasks(name: str, domain: Domain, *, count: int) -> list[Task]:
+    train = list(itertools.islice(iter(domain.tasks.train(seed=0)), PROBED_TASKS))
+    heldout = list(domain.tasks.heldout(count=count))
+    for split, tasks in (("train", train), ("heldout", heldout)):
+        if not tasks:
+            raise RecipeError(
+                f"domains.{name}.tasks has no {split} tasks; expected at least one; check the data set, its filter "
+                "and its column mapping"
+            )
+        strangers = sorted({task.domain for task in tasks} - {name})
+        if strangers:
+            raise RecipeError(
+                f"domains.{name}.tasks yields tasks of domain {strangers[0]!r}; expected {name!r}, the key it is "
+                "listed under; rename one of them"
+            )
+    shared = {task.id for task in train} & {task.id for task in heldout}
+    if shared:
+        raise RecipeError(
+            f"domains.{name}.tasks: task {min(shared)!r} is in both train and heldout; the comparison would be on "
+            "training data; split by task"
+        )
+    return train + heldout
+
+
+def _check_window(name: str, domain: Domain, task: Task, *, prompt_tokens: int) -> None:
+    if prompt_tokens >= domain.max_sequence_tokens:
+        raise RecipeError(
+            f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
+            f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
+            f"domains.{name}.max_sequence_tokens or drop the task"
+        )
+
+
+def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task]) -> None:
+    grading_box = isinstance(domain.reward, Reward) and getattr(domain.reward, "sandbox", None) is not None
+    if not grading_box and all(task.sandbox is None for task in tasks):
+        return
+    if recipe.substrate is None:
+        raise SandboxUnavailable(
+            f"domains.{name} needs a sandbox but the recipe has no substrate; set Recipe.substrate, for example to "
+            "sandbox.process.Process()"
+        )
+    recipe.substrate.check()
+
+
+def check_disk(path: Path, *, needed_bytes: int) -> None:
+    """Raise ``OSError`` when the file system of ``path`` cannot hold what a run will write."""
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise OSError(
+            f"the disk of {path} has {free / 2**20:.0f} MiB free but this run writes about "
+            f"{needed_bytes / 2**20:.0f} MiB; free some space or choose another --run-dir"
+        )

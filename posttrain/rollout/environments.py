@@ -1,0 +1,90 @@
+"""How tasks are played: a single answer, or several turns with a shell in a sandbox."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from posttrain.protocols import Sandbox
+from posttrain.types import EMPTY, ExecResult, ExecStatus, Message, Task
+
+_SHELL_BLOCK = re.compile(r"```bash\n(.*?)\n?```", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class SingleTurn:
+    """The policy answers once."""
+
+    max_turns: int = 1
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> SingleTurnEpisode:
+        return SingleTurnEpisode()
+
+
+class SingleTurnEpisode:
+    async def respond(self, text: str) -> None:
+        return None
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        return EMPTY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The policy works in a shell: a turn with a fenced ``bash`` block runs it, a turn without one ends.
+
+    Only the first block of a turn is run, since the policy has not seen the first result when it writes a
+    second. Files named by ``task.info["expected_files"]`` are taken out of the box at the end, so that
+    grading happens elsewhere.
+    """
+
+    max_turns: int = 4
+    command_timeout_s: float = 5.0
+    max_observation_chars: int = 2000
+    """Longer output keeps its head and tail."""
+    max_artifact_bytes: int = 1 << 16
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> ToolUseEpisode:
+        if sandbox is None:
+            raise ValueError(
+                f"task {task.id!r} is played with tools but has no sandbox; give it Task.sandbox=SandboxSpec(...)"
+            )
+        paths = tuple(task.info.get("expected_files", ()))
+        return ToolUseEpisode(rules=self, sandbox=sandbox, artifact_paths=paths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUseEpisode:
+    rules: ToolUse
+    sandbox: Sandbox
+    artifact_paths: tuple[str, ...] = field(default=())
+
+    async def respond(self, text: str) -> tuple[Message, ...] | None:
+        block = _SHELL_BLOCK.search(text)
+        if block is None:
+            return None
+        result = await self.sandbox.exec(block[1], timeout_s=self.rules.command_timeout_s)
+        return ({"role": "tool", "content": describe(result, max_chars=self.rules.max_observation_chars)},)
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        kept = {}
+        for path in self.artifact_paths:
+            try:
+                kept[path] = await self.sandbox.read(path, max_bytes=self.rules.max_artifact_bytes)
+            except (OSError, ValueError):
+                # Not there, a directory, or too big: what the policy left behind is not the file asked for.
+                continue
+        return kept
+
+
+def describe(result: ExecResult, *, max_chars: int) -> str:
+    """What the policy reads after a command: its output, and how it ended unless it ended well."""
+    text = (result.stdout + result.stderr).decode("utf-8", errors="replace").removesuffix("\n")
+    if len(text) > max_chars:
+        half = max_chars // 2
+        text = f"{text[:half]}\n({len(text) - 2 * half} characters left out)\n{text[-half:]}"
+    text = text or "(no output)"
+    if result.status is not ExecStatus.EXITED:
+        return f"{text}\n(killed: {result.status})"
+    return text if result.exit_code == 0 else f"{text}\n(exit code {result.exit_code})"

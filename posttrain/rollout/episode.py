@@ -1,0 +1,167 @@
+"""One rollout, from prompt to reward, with its failures kept apart from the policy's.
+
+Two boundaries catch ``Exception`` on purpose: whatever breaks around the policy becomes a recorded, unscored
+rollout, so that one broken box or reward never ends a group or a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from posttrain.conversation.chat import ChatFormat
+from posttrain.errors import JudgeError, SandboxError
+from posttrain.protocols import Engine, Environment, Episode, Reward, Sandbox, Substrate
+from posttrain.types import (
+    FinishReason,
+    IntArray,
+    Request,
+    Rollout,
+    Sampling,
+    SandboxSpec,
+    Score,
+    ScoreStatus,
+    StopReason,
+    Task,
+    Turn,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What a rollout needs to let a model speak."""
+
+    engine: Engine
+    chat: ChatFormat
+    sampling: Sampling
+    max_sequence_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boxes:
+    """Opens sandboxes, never more at once than the machine is meant to bear."""
+
+    substrate: Substrate | None
+    limit: asyncio.Semaphore
+
+    @contextlib.asynccontextmanager
+    async def open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+        if self.substrate is None:
+            raise SandboxError("a sandbox is needed but the recipe has no substrate; set Recipe.substrate")
+        async with self.limit, self.substrate.open(spec) as box:
+            yield box
+
+
+@dataclass(slots=True)
+class _Transcript:
+    """What is known of a rollout so far; survives a failure in the middle."""
+
+    turns: list[Turn] = field(default_factory=list)
+    context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Tokens the next turn adds before the policy speaks."""
+    stop: StopReason = StopReason.FINISHED
+
+    def sequence(self) -> IntArray:
+        said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
+        return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+
+async def run_rollout(
+    rollout_id: str, task: Task, *, policy: Policy, environment: Environment, boxes: Boxes, deadline_s: float
+) -> Rollout:
+    """Play one task to its end. Never raises for what goes wrong inside; the rollout says so instead."""
+    started = time.monotonic()
+    transcript = _Transcript()
+    artifacts: dict[str, bytes] = {}
+    error: str | None = None
+    try:
+        async with asyncio.timeout(deadline_s), contextlib.AsyncExitStack() as stack:
+            box = await stack.enter_async_context(boxes.open(task.sandbox)) if task.sandbox else None
+            episode = environment.start(task, box)
+            transcript.context_ids = policy.chat.encode_prompt(task.prompt)
+            while await _play_turn(rollout_id, transcript, policy=policy, episode=episode):
+                if len(transcript.turns) == environment.max_turns:
+                    transcript.stop = StopReason.TURNS
+                    break
+            artifacts = dict(await episode.artifacts())
+    except TimeoutError:
+        transcript.stop, error = StopReason.DEADLINE, f"episode passed its deadline of {deadline_s:g} s"
+    except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
+        transcript.stop, error = StopReason.ERROR, f"{type(failure).__name__}: {failure}"
+    return Rollout(
+        id=rollout_id,
+        task=task,
+        turns=tuple(transcript.turns),
+        stop=transcript.stop,
+        error=error,
+        artifacts=artifacts,
+        wall_s=time.monotonic() - started,
+    )
+
+
+async def _play_turn(rollout_id: str, transcript: _Transcript, *, policy: Policy, episode: Episode) -> bool:
+    """One policy call and the world's answer; False when the episode is over."""
+    sequence = transcript.sequence()
+    room = policy.max_sequence_tokens - len(sequence)
+    if room < 1:
+        if not transcript.turns:
+            raise ValueError(
+                f"the prompt has {len(sequence)} tokens but max_sequence_tokens is {policy.max_sequence_tokens}; "
+                "raise Domain.max_sequence_tokens or shorten the prompt"
+            )
+        transcript.stop = StopReason.LENGTH
+        return False
+    completion = await policy.engine.generate(
+        Request(
+            id=f"{rollout_id}/{len(transcript.turns)}",
+            prompt_ids=sequence,
+            sampling=replace(policy.sampling, max_tokens=min(policy.sampling.max_tokens, room)),
+            seed=policy.seed,
+        )
+    )
+    text = policy.chat.decode(completion.token_ids)
+    cut_off = completion.finish is FinishReason.LENGTH
+    observations = None if cut_off else await episode.respond(text)
+    transcript.turns.append(
+        Turn(
+            context_ids=transcript.context_ids,
+            completion=completion,
+            text=text,
+            observations=observations or (),
+        )
+    )
+    if cut_off:
+        transcript.stop = StopReason.LENGTH
+    if observations is None:
+        return False
+    transcript.context_ids = policy.chat.encode_observations(observations)
+    return True
+
+
+async def score_rollout(rollout: Rollout, *, reward: Reward, boxes: Boxes, deadline_s: float) -> Score:
+    """The reward's verdict, or an unscored ``Score`` that says what failed. Never raises."""
+    if rollout.failed:
+        return Score(value=None, status=ScoreStatus.ROLLOUT_ERROR, error=rollout.error)
+    try:
+        async with asyncio.timeout(deadline_s), contextlib.AsyncExitStack() as stack:
+            spec: SandboxSpec | None = getattr(reward, "sandbox", None)
+            box = await stack.enter_async_context(boxes.open(spec)) if spec is not None else None
+            return await reward.score(rollout, box)
+    except TimeoutError:
+        return unscored(ScoreStatus.TIMEOUT, f"reward passed its deadline of {deadline_s:g} s")
+    except SandboxError as failure:
+        return unscored(ScoreStatus.SANDBOX_ERROR, f"{type(failure).__name__}: {failure}")
+    except JudgeError as failure:
+        return unscored(ScoreStatus.JUDGE_ERROR, str(failure))
+    except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
+        return unscored(ScoreStatus.REWARD_ERROR, f"{type(failure).__name__}: {failure}")
+
+
+def unscored(status: ScoreStatus, error: str | None) -> Score:
+    return Score(value=None, status=status, error=error)

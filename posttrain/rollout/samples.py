@@ -1,0 +1,85 @@
+"""From played groups to what the learner trains on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from posttrain.config import GRPO
+from posttrain.learner.advantages import group_advantages
+from posttrain.types import Group, Rollout, Sample, StopReason
+
+
+def grpo_samples(groups: Sequence[Group], config: GRPO, *, min_group_size: int) -> list[Sample]:
+    """Samples with their group-relative advantage; unscored rollouts and too small groups leave.
+
+    A rollout whose advantage is zero has no policy gradient. It is left out unless a KL or entropy term
+    would still act on it, which also makes the token normaliser DAPO's (arXiv 2503.14476, dynamic sampling).
+    """
+    usable = [g for g in groups if sum(s.value is not None for s in g.scores) >= min_group_size]
+    advantages = group_advantages([[s.value for s in g.scores] for g in usable], config.scale_rewards)
+    keep_zero = config.beta > 0 or config.entropy_coef != 0
+    samples = []
+    for group, row in zip(usable, advantages, strict=True):
+        for rollout, advantage in zip(group.rollouts, row, strict=True):
+            if advantage is None or (advantage == 0 and not keep_zero):
+                continue
+            if config.mask_truncated_completions and rollout.stop is StopReason.LENGTH:
+                continue
+            samples.append(sample_of(rollout, advantage=advantage))
+    return samples
+
+
+def distill_samples(rollouts: Iterable[Rollout], weights: dict[str, float]) -> list[Sample]:
+    """Samples routed to the teacher of their domain, with the teacher's weight w_i.
+
+    Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays.
+    """
+    return [
+        sample_of(rollout, teacher=rollout.task.domain, weight=weights[rollout.task.domain])
+        for rollout in rollouts
+        if not rollout.failed and rollout.num_generated
+    ]
+
+
+def sample_of(rollout: Rollout, *, advantage: float = 0.0, teacher: str | None = None, weight: float = 1.0) -> Sample:
+    return Sample(
+        id=rollout.id,
+        task_id=rollout.task.id,
+        domain=rollout.task.domain,
+        token_ids=rollout.token_ids,
+        loss_mask=rollout.loss_mask,
+        logprobs=rollout.logprobs,
+        versions=rollout.versions,
+        advantage=advantage,
+        teacher=teacher,
+        weight=weight,
+        truncated=rollout.stop is StopReason.LENGTH,
+    )
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What a training step's rollouts looked like. Unscored rollouts are counted, never averaged in."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    values = [[s.value for s in group.scores if s.value is not None] for group in groups]
+    scored = [value for row in values for value in row]
+    parts: dict[str, list[float]] = {}
+    for group in groups:
+        for score in group.scores:
+            for name, value in score.parts.items():
+                if value is not None:
+                    parts.setdefault(name, []).append(value)
+    metrics = {
+        "reward": float(np.mean(scored)) if scored else math.nan,
+        "reward_std": float(np.mean([np.std(row) for row in values if row])) if scored else math.nan,
+        "frac_reward_zero_std": float(np.mean([len(set(row)) <= 1 for row in values])) if values else math.nan,
+        "unscored": float(len(rollouts) - len(scored)),
+        "failed_rollouts": float(sum(r.failed for r in rollouts)),
+        "completion_tokens": float(np.mean([r.num_generated for r in rollouts])) if rollouts else 0.0,
+        "truncated": float(np.mean([r.stop is StopReason.LENGTH for r in rollouts])) if rollouts else 0.0,
+        "turns": float(np.mean([len(r.turns) for r in rollouts])) if rollouts else 0.0,
+        "generated_tokens": float(sum(r.num_generated for r in rollouts)),
+    }
+    return metrics | {f"reward/{name}": float(np.mean(found)) for name, found in sorted(parts.items())}

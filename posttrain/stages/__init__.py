@@ -1,0 +1,1 @@
+"""The stages of a run, one algorithm per file: imitate, reinforce, distill, evaluate."""

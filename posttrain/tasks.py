@@ -1,0 +1,131 @@
+"""Tasks from any ``datasets`` source: JSONL, CSV or Parquet files, or a hub name, with a column mapping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RecipeError
+from posttrain.protocols import Demonstration
+from posttrain.types import EMPTY, Message, Task
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetTasks:
+    """One task a row. Rows are split into train and held-out by a hash of their prompt, so no task is in both.
+
+    The columns are checked against the data before a run starts.
+    """
+
+    domain: str
+    path: str
+    """A file (.jsonl, .json, .csv, .parquet) or a data set name on the hub."""
+    prompt: str = "prompt"
+    """Column with the user's message, or with a list of chat messages."""
+    answer: str | None = None
+    """Column with the reference answer."""
+    demonstration: str | None = None
+    """Column with an answer to imitate in SFT."""
+    info: Mapping[str, str] = field(default_factory=dict)
+    """Key of ``Task.info`` -> column, for grading data."""
+    template: str = "{prompt}"
+    """Wraps the prompt; ``{prompt}`` is replaced once."""
+    system: str | None = None
+    split: str = "train"
+    config_name: str | None = None
+    heldout_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heldout_fraction < 1:
+            raise RecipeError(
+                f"DatasetTasks.heldout_fraction = {self.heldout_fraction!r}: expected a number between 0 and 1; "
+                "both splits must have rows"
+            )
+        if "{prompt}" not in self.template:
+            raise RecipeError(f"DatasetTasks.template = {self.template!r}: expected a text that contains {{prompt}}")
+
+    def train(self, *, seed: int) -> Iterable[Task]:
+        rows = [row for row, held in self._rows if not held]
+        random.Random(seed).shuffle(rows)
+        return (self._task(row) for row in rows)
+
+    def heldout(self, *, count: int) -> Sequence[Task]:
+        return [self._task(row) for row, held in self._rows if held][:count]
+
+    def demonstrations(self, *, count: int, seed: int) -> Sequence[Demonstration]:
+        if self.demonstration is None:
+            return ()
+        rows = [row for row, held in self._rows if not held]
+        random.Random(seed).shuffle(rows)
+        return [(*self._messages(row), _said(row[self.demonstration])) for row in rows[:count]]
+
+    @cached_property
+    def _rows(self) -> list[tuple[Mapping[str, Any], bool]]:
+        """Each row with whether it is held out."""
+        data = self._load()
+        self._check_columns(data.column_names)
+        rows = [dict(row) for row in data]
+        if not rows:
+            raise RecipeError(f"data set {self.path!r} split {self.split!r} is empty; expected at least one row")
+        return [(row, _bucket(row[self.prompt]) < self.heldout_fraction) for row in rows]
+
+    def _load(self) -> Any:
+        import datasets
+
+        file = Path(self.path)
+        builder = _BUILDERS.get(file.suffix)
+        if builder is None:
+            return datasets.load_dataset(self.path, self.config_name, split=self.split)
+        if not file.is_file():
+            raise RecipeError(f"data file {self.path!r} does not exist; give the path of a {file.suffix} file")
+        if file.stat().st_size == 0:
+            raise RecipeError(f"data file {self.path!r} is empty; expected at least one row")
+        return datasets.load_dataset(builder, data_files=str(file), split="train")
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        wanted = {"prompt": self.prompt, "answer": self.answer, "demonstration": self.demonstration}
+        wanted |= {f"info[{key!r}]": column for key, column in self.info.items()}
+        for setting, column in wanted.items():
+            if column is not None and column not in columns:
+                raise RecipeError(
+                    f"DatasetTasks.{setting} = {column!r}: data set {self.path!r} has no such column; its columns "
+                    f"are {', '.join(columns)}"
+                )
+
+    def _task(self, row: Mapping[str, Any]) -> Task:
+        messages = self._messages(row)
+        key = hashlib.blake2b(json.dumps(messages, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return Task(
+            id=f"{self.domain}-{key}",
+            domain=self.domain,
+            prompt=messages,
+            answer=None if self.answer is None else str(row[self.answer]),
+            info={key: row[column] for key, column in self.info.items()} or EMPTY,
+        )
+
+    def _messages(self, row: Mapping[str, Any]) -> tuple[Message, ...]:
+        prompt = row[self.prompt]
+        if isinstance(prompt, str):
+            asked: list[Message] = [{"role": "user", "content": self.template.replace("{prompt}", prompt)}]
+        else:
+            asked = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return (*system, *asked)
+
+
+def _said(text: Any) -> Message:
+    return {"role": "assistant", "content": str(text)}
+
+
+def _bucket(prompt: Any) -> float:
+    """A number in [0, 1) that depends only on the prompt, so that a row's split never changes."""
+    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
