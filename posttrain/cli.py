@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
         if name == "eval":
             command.add_argument("--model", required=True, help="checkpoint folder, hub name or package: path")
+            command.add_argument("--run-dir", type=Path, help="keep the rollouts here (default: a temporary folder)")
             command.add_argument("--json", type=Path, help="also write the scores to this file")
     report = add("report", _report, "Write report.html, report.json and the plots of a run again.")
     report.add_argument("run_dir", type=Path)
@@ -70,8 +71,8 @@ def _list(_: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from posttrain.loader import load_recipe
-    from posttrain.overrides import describe
     from posttrain.pipeline import plan
+    from posttrain.runs.describe import describe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     print(json.dumps(describe(recipe), indent=2))
@@ -86,14 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     path = arguments.run_dir or Path("runs") / recipe.name
-    report = run_recipe(
-        recipe,
-        target=arguments.recipe,
-        overrides=tuple(arguments.overrides),
-        path=path,
-        resume=arguments.resume,
-    )
-    print_report(report)
+    print_report(run_recipe(recipe, path, resume=arguments.resume))
     print(f"report: {path / 'report.html'}")
     return 0
 
@@ -101,28 +95,33 @@ def _run(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from posttrain.loader import load_recipe
     from posttrain.pipeline import evaluate_checkpoint
-    from posttrain.runs.progress import print_evaluation
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    scores = evaluate_checkpoint(recipe, arguments.model)
-    print_evaluation(scores)
+    scores = evaluate_checkpoint(recipe, arguments.model, arguments.run_dir)
+    for entry in scores:
+        low, high = entry["sampled_ci"]
+        print(
+            f"{entry['domain']:<12} n={entry['n']:<5} sampled {entry['sampled']:.3f} [{low:.3f}, {high:.3f}]  "
+            f"greedy {entry['greedy']:.3f}  unscored {entry['unscored']}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from posttrain.config import Evaluation
+    from posttrain.pipeline import report_run
+    from posttrain.runs.durable import read_json
     from posttrain.runs.progress import print_report
-    from posttrain.runs.report import write_report
     from posttrain.runs.rundir import RunDir
 
-    if not (arguments.run_dir / "recipe.json").exists():
-        raise RecipeError(
-            f"{arguments.run_dir} is not a run directory: it has no recipe.json; give the --run-dir of a run"
-        )
-    with RunDir.open(arguments.run_dir) as run:
-        print_report(write_report(run))
-    print(f"report: {arguments.run_dir / 'report.html'}")
+    run = RunDir(arguments.run_dir)
+    if not run.recipe.exists():
+        raise RecipeError(f"{run.path} is not a run directory: it has no recipe.json; give the --run-dir of a run")
+    settings = {key: value for key, value in read_json(run.recipe)["evaluation"].items() if key != "type"}
+    print_report(report_run(run, Evaluation(**settings)))
+    print(f"report: {run.report_html}")
     return 0
 
 

@@ -116,23 +116,3 @@ def _known(name: str, fields: Iterable[str], owner: str, path: str) -> str:
 def _ill_typed(path: str, text: str, failure: ValidationError) -> RecipeError:
     problems = sorted({str(error["msg"]) for error in failure.errors()})
     return RecipeError(f"override {path}={text}: {'; '.join(problems)}")
-
-
-def describe(value: Any) -> Any:
-    """A recipe as plain JSON data, for ``recipe.json`` and ``posttrain show``."""
-    if isinstance(value, BaseModel):
-        return {name: describe(getattr(value, name)) for name in type(value).model_fields}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = {"type": f"{type(value).__module__}:{type(value).__qualname__}"}
-        return kind | {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): describe(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [describe(entry) for entry in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return repr(value)

@@ -6,24 +6,26 @@ complete checkpoint brings back weights, optimizer, data order and random state.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.config import Recipe
+import numpy as np
+
+from posttrain.config import Evaluation, Recipe
 from posttrain.errors import RecipeError
-from posttrain.overrides import describe
 from posttrain.preflight import check_recipe
-from posttrain.runs.metrics import MetricsLog
+from posttrain.runs.costs import summarise_costs
+from posttrain.runs.durable import read_json
+from posttrain.runs.evaluation import DomainEvaluation, load_evaluations
+from posttrain.runs.metrics import MetricsLog, read_metrics
 from posttrain.runs.progress import Progress
 from posttrain.runs.report import write_report
-from posttrain.runs.rundir import RunDir
-from posttrain.stages.session import Session
-
-EVALUATE = "evaluate"
-DISTILL = "distill"
+from posttrain.runs.rundir import EventKind, RunDir
+from posttrain.runs.stats import Bootstrap, bootstrap_mean
+from posttrain.stages.session import Session, finals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,108 +49,109 @@ def plan(recipe: Recipe) -> list[Stage]:
         if domain.grpo is not None:
             stages.append(Stage(kind="grpo", domain=name))
     if recipe.distill is not None:
-        stages.append(Stage(kind=DISTILL))
-    return [*stages, Stage(kind=EVALUATE)]
+        stages.append(Stage(kind="distill"))
+    return [*stages, Stage(kind="evaluate")]
 
 
-def run_recipe(recipe: Recipe, *, target: str, overrides: tuple[str, ...], path: Path, resume: bool) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
     """Run all stages into ``path`` and return the report. Raises ``RecipeError`` before anything is lost."""
-    with RunDir.open(path) as run:
-        started_before = run.recipe_file.exists()
-        if started_before and not resume:
-            raise RecipeError(
-                f"run directory {path} already holds a run; add --resume to go on with it, or choose another --run-dir"
-            )
-        if started_before:
-            _check_same_recipe(run, recipe)
-        check_recipe(recipe)
-        run.write_json(run.recipe_file, {"target": target, "overrides": list(overrides), "resolved": describe(recipe)})
-        metrics = MetricsLog(run)
-        with Progress() as progress, Session(recipe, run, metrics, progress) as session:
-            _run_stages(session, resumed=started_before)
-        return write_report(run)
+    run = RunDir(path)
+    if run.recipe.exists() and not resume:
+        raise RecipeError(
+            f"run directory {path} already holds a run; add --resume to go on with it, or choose another --run-dir"
+        )
+    check_recipe(recipe)
+    with run.lock():
+        goes_on = run.recipe.exists()
+        run.write_recipe(recipe)
+        if not goes_on:
+            run.log_event(EventKind.STARTED, name=recipe.name)
+        with (
+            MetricsLog(run) as metrics,
+            Progress() as progress,
+            Session(recipe=recipe, run=run, metrics=metrics, progress=progress) as session,
+        ):
+            for stage in plan(recipe):
+                _run_stage(session, stage)
+        run.log_event(EventKind.FINISHED)
+        return report_run(run, recipe.evaluation)
 
 
-def _run_stages(session: Session, *, resumed: bool) -> None:
-    for stage in plan(session.recipe):
-        run = session.run
-        if run.is_done(stage.name):
-            session.progress.skip(stage.name)
-            continue
-        started_before = run.stage_dir(stage.name, create=False).exists()
-        run.event("resumed" if resumed and started_before else "started", stage=stage.name)
-        begun = time.monotonic()
-        result = _RUN[stage.kind](session, stage)
-        run.mark_done(stage.name, {"seconds": time.monotonic() - begun, **result})
+def report_run(run: RunDir, settings: Evaluation) -> dict[str, Any]:
+    """Write report.html, report.json and the plots from what the run has recorded so far."""
+    metrics = read_metrics(run.metrics)
+    options = Bootstrap(resamples=settings.bootstrap_resamples, confidence=settings.confidence)
+    write_report(run, load_evaluations(run.stage("evaluate").path), metrics, summarise_costs(metrics), options)
+    return read_json(run.report_json)
 
 
-def _run_sft(session: Session, stage: Stage) -> dict[str, Any]:
-    from posttrain.stages.sft import run_sft_stage
+def _run_stage(session: Session, stage: Stage) -> None:
+    """Run one stage unless it is finished."""
+    directory = session.run.stage(stage.name)
+    if directory.done is not None:
+        return
+    begun = time.monotonic()
+    if stage.kind == "sft" and stage.domain:
+        from posttrain.stages.sft import run_sft_stage
 
-    assert stage.domain is not None
-    return {"checkpoint": str(run_sft_stage(session, stage.name, stage.domain, session.base_path))}
+        run_sft_stage(session, directory, stage.domain)
+    elif stage.kind == "grpo" and stage.domain:
+        from posttrain.stages.grpo import run_grpo_stage
 
+        run_grpo_stage(session, directory, stage.domain, finals(session, "sft").get(stage.domain, session.base_path))
+    elif stage.kind == "distill":
+        from posttrain.stages.distill import run_distill_stage
 
-def _run_grpo(session: Session, stage: Stage) -> dict[str, Any]:
-    from posttrain.stages.grpo import run_grpo_stage
+        run_distill_stage(session, directory, specialists(session))
+    else:
+        from posttrain.stages.evaluate import contestants, run_evaluate_stage
 
-    assert stage.domain is not None
-    start = _finals(session, "sft").get(stage.domain, session.base_path)
-    return {"checkpoint": str(run_grpo_stage(session, stage.name, stage.domain, start))}
-
-
-def _run_distill(session: Session, stage: Stage) -> dict[str, Any]:
-    from posttrain.stages.distill import run_distill_stage
-
-    return {"checkpoint": str(run_distill_stage(session, stage.name, specialists(session), session.base_path))}
-
-
-def _run_evaluate(session: Session, stage: Stage) -> dict[str, Any]:
-    from posttrain.stages.evaluate import contestants, run_evaluate_stage
-
-    student = session.run.final(DISTILL) if session.run.is_done(DISTILL) else None
-    entrants = contestants(
-        session, _finals(session, "sft"), _finals(session, "grpo"), str(student) if student else None
-    )
-    run_evaluate_stage(session, stage.name, list(entrants))
-    return {}
-
-
-_RUN: Mapping[str, Callable[[Session, Stage], dict[str, Any]]] = {
-    "sft": _run_sft,
-    "grpo": _run_grpo,
-    DISTILL: _run_distill,
-    EVALUATE: _run_evaluate,
-}
-
-
-def _finals(session: Session, kind: str) -> dict[str, str]:
-    """Domain -> final checkpoint of every finished stage of one kind."""
-    done = [s for s in plan(session.recipe) if s.kind == kind and s.domain and session.run.is_done(s.name)]
-    return {s.domain: str(session.run.final(s.name)) for s in done if s.domain}
+        distilled = session.run.stage("distill")
+        student = str(distilled.final) if distilled.done is not None else None
+        entrants = contestants(session, finals(session, "sft"), finals(session, "grpo"), student)
+        run_evaluate_stage(session, directory, list(entrants))
+    directory.mark_done({"seconds": time.monotonic() - begun})
+    session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
 
 
 def specialists(session: Session) -> dict[str, str]:
     """Domain -> checkpoint of the most trained model of that domain."""
-    return _finals(session, "sft") | _finals(session, "grpo")
+    return {**finals(session, "sft"), **finals(session, "grpo")}
 
 
-def _check_same_recipe(run: RunDir, recipe: Recipe) -> None:
-    """A resumed run must be the run it was, or its numbers mean nothing."""
-    before, now = run.read_json(run.recipe_file)["resolved"], describe(recipe)
-    changed = sorted(_differences(before, now))
-    if changed:
-        raise RecipeError(
-            f"run directory {run.path} was started with other settings: {', '.join(changed[:8])} differ; resume with "
-            "the same recipe and overrides, or choose another --run-dir"
-        )
+def evaluate_checkpoint(recipe: Recipe, model: str, path: Path | None) -> list[dict[str, Any]]:
+    """Scores of any checkpoint on the held-out tasks of every domain of a recipe.
+
+    ``path`` keeps the rollouts and scores; None uses a temporary folder.
+    """
+    from posttrain.models import resolve_path
+    from posttrain.stages.evaluate import Contestant, run_evaluate_stage
+
+    check_recipe(recipe)
+    checkpoint = resolve_path(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunDir(path or scratch)
+        options = Bootstrap(resamples=recipe.evaluation.bootstrap_resamples, confidence=recipe.evaluation.confidence)
+        with (
+            run.lock(),
+            MetricsLog(run) as metrics,
+            Progress() as progress,
+            Session(recipe=recipe, run=run, metrics=metrics, progress=progress) as session,
+        ):
+            stage = run.stage("evaluate")
+            entrants = [Contestant(model="student", path=checkpoint, domain=name) for name in recipe.domains]
+            run_evaluate_stage(session, stage, entrants)
+        return [_standing(evaluation, options) for evaluation in load_evaluations(stage.path)]
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            found
-            for key in before.keys() | now.keys()
-            for found in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if before == now else [path]
+def _standing(evaluation: DomainEvaluation, options: Bootstrap) -> dict[str, Any]:
+    scores = evaluation.models["student"]
+    sampled = bootstrap_mean(scores.sampled, options)
+    return {
+        "domain": evaluation.domain,
+        "n": len(evaluation.task_ids),
+        "sampled": sampled.value,
+        "sampled_ci": [sampled.low, sampled.high],
+        "greedy": bootstrap_mean(scores.greedy, options).value,
+        "unscored": int(np.isnan(scores.sampled).sum() + np.isnan(scores.greedy).sum()),
+    }

@@ -240,26 +240,27 @@ class StateStore(Protocol):
         ...
 
 
-class TeacherPool(Protocol):
+class OpenTeachers(Protocol):
     """All teachers of a merge, of which few are in memory at any time."""
 
-    def cache_states(self, samples: Sequence[Sample]) -> Mapping[str, float]:
-        """Run each sample's teacher over it and keep the states that predict its loss tokens.
+    @property
+    def store(self) -> StateStore:
+        """Where the states of this step's samples are, by sample id."""
+        ...
 
-        Teachers are visited one after another. Returns costs: loads, seconds waited, bytes cached.
+    def cache_states(self, samples: Sequence[Sample]) -> None:
+        """Run each sample's teacher over it and store the states that predict its loss tokens.
+
+        Teachers are visited one after another.
         """
         ...
 
-    def states(self, sample_id: str) -> torch.Tensor:
-        """The cached states of one sample, [num_loss_tokens, D_teacher]."""
+    def costs(self) -> Mapping[str, float]:
+        """What was spent since the last call: teacher and head loads, seconds waited, bytes cached."""
         ...
 
     def head(self, name: str) -> torch.Tensor:
         """The output projection of a teacher, [V, D_teacher]; at most one is on the device."""
-        ...
-
-    def free(self, samples: Sequence[Sample]) -> None:
-        """Forget the states of samples that were consumed."""
         ...
 
 
@@ -271,6 +272,6 @@ class TeacherLibrary(Protocol):
         """A teacher from a checkpoint a stage has written."""
         ...
 
-    def open(self, teachers: Mapping[str, Teacher], *, student_path: str) -> AbstractContextManager[TeacherPool]:
-        """Check every teacher against the student, then open the pool. Raises ``RecipeError``."""
+    def open(self, teachers: Mapping[str, Teacher], *, student_path: str) -> AbstractContextManager[OpenTeachers]:
+        """Check every teacher against the student, then open them. Raises ``RecipeError``."""
         ...

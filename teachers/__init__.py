@@ -1,1 +1,1 @@
-"""Teachers for distillation: sources, loading on demand, the hidden-state cache, heads and ordering."""
+"""Teachers for distillation: sources, loading on demand, the hidden-state cache and the start-up checks."""

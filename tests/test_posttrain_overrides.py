@@ -2,11 +2,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from posttrain.config import GRPO, SFT, Domain, Lora, Model, Recipe, Workers
+from posttrain.config import GRPO, SFT, Domain, Lora, Model, Recipe
 from posttrain.errors import RecipeError
-from posttrain.overrides import apply_overrides, describe
+from posttrain.overrides import apply_overrides
 from posttrain.rollout.environments import SingleTurn
-from posttrain.types import Sampling, Score, Task
+from posttrain.types import Score, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +84,3 @@ def test_overrides_leave_the_original_alone():
     before = recipe()
     apply_overrides(before, ["seed=9", "domains.math.tasks.digits=5"])
     assert before == recipe()
-
-
-def test_describe_is_plain_data():
-    plain = describe(recipe())
-    assert plain["domains"]["math"]["grpo"]["max_steps"] == GRPO().max_steps
-    assert plain["domains"]["math"]["tasks"] == {"type": f"{Tasks.__module__}:Tasks", "digits": 2}
-    assert plain["domains"]["math"]["sampling"]["temperature"] == Sampling().temperature
-    assert plain["workers"] == Workers().model_dump()

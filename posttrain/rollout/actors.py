@@ -34,7 +34,8 @@ class WorkerSpec:
     model_path: str
     """Gives architecture and tokenizer; the weights that count are sent by the driver."""
     dtype: str
-    max_sequence_tokens: int
+    max_length: int
+    """Window of the engine: prompt and completion together."""
     workers: Workers
     substrate: Substrate | None
 
@@ -67,7 +68,7 @@ class RolloutWorker:
             model,
             stop_ids=self._chat.stop_ids,
             max_batch_size=self._spec.workers.max_batch_size,
-            max_sequence_tokens=self._spec.max_sequence_tokens,
+            max_length=self._spec.max_length,
         )
 
     async def load_weights(self, weights: Weights, version: int) -> None:

@@ -11,25 +11,33 @@ from posttrain.config import GRPO
 from posttrain.learner.advantages import group_advantages
 from posttrain.types import Group, Rollout, Sample, StopReason
 
+AdvantageRows = Sequence[Sequence[float]]
+"""Per group, per rollout; NaN where a rollout is left out of the update."""
 
-def grpo_samples(groups: Sequence[Group], config: GRPO, *, min_group_size: int) -> list[Sample]:
-    """Samples with their group-relative advantage; unscored rollouts and too small groups leave.
 
-    A rollout whose advantage is zero has no policy gradient. It is left out unless a KL or entropy term
-    would still act on it, which also makes the token normaliser DAPO's (arXiv 2503.14476, dynamic sampling).
+def group_advantage_rows(groups: Sequence[Group], config: GRPO, *, min_group_size: int) -> list[list[float]]:
+    """Group-relative advantages. Unscored rollouts, and whole groups with too few scored ones, are NaN."""
+    scores = [[score.value for score in group.scores] for group in groups]
+    usable = [row if sum(v is not None for v in row) >= min_group_size else [None] * len(row) for row in scores]
+    rows = group_advantages(usable, config.scale_rewards)
+    return [[math.nan if value is None else value for value in row] for row in rows]
+
+
+def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRPO) -> list[Sample]:
+    """What the policy gradient acts on.
+
+    A rollout whose advantage is zero has none. It is left out unless a KL or entropy term would still act on
+    it, which also makes the token normaliser that of DAPO's dynamic sampling (arXiv 2503.14476).
     """
-    usable = [g for g in groups if sum(s.value is not None for s in g.scores) >= min_group_size]
-    advantages = group_advantages([[s.value for s in g.scores] for g in usable], config.scale_rewards)
     keep_zero = config.beta > 0 or config.entropy_coef != 0
-    samples = []
-    for group, row in zip(usable, advantages, strict=True):
-        for rollout, advantage in zip(group.rollouts, row, strict=True):
-            if advantage is None or (advantage == 0 and not keep_zero):
-                continue
-            if config.mask_truncated_completions and rollout.stop is StopReason.LENGTH:
-                continue
-            samples.append(sample_of(rollout, advantage=advantage))
-    return samples
+    return [
+        sample_of(rollout, advantage=advantage)
+        for group, row in zip(groups, advantages, strict=True)
+        for rollout, advantage in zip(group.rollouts, row, strict=True)
+        if not math.isnan(advantage)
+        and (advantage != 0 or keep_zero)
+        and not (config.mask_truncated_completions and rollout.stop is StopReason.LENGTH)
+    ]
 
 
 def distill_samples(rollouts: Iterable[Rollout], weights: dict[str, float]) -> list[Sample]:

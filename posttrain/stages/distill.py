@@ -8,51 +8,50 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
-from posttrain.config import Distill, Domain
+from posttrain.config import Distill, Domain, Recipe
+from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import RecipeError
 from posttrain.learner.objectives import DistillObjective
+from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
 from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import distill_samples, group_metrics
-from posttrain.runs.rollout_log import write_groups
-from posttrain.stages.grpo import open_learner, send_policy, take_tasks
+from posttrain.runs.rollout_log import RolloutLog
+from posttrain.runs.rundir import StageDir
+from posttrain.stages.grpo import take_tasks
 from posttrain.stages.session import Session
-from posttrain.types import Task
+from posttrain.types import IntArray, Task
 
 
-def run_distill_stage(session: Session, stage: str, specialists: Mapping[str, str], start: str) -> Path:
-    """From ``start`` to ``stages/<stage>/final``. ``specialists`` maps a domain to its checkpoint."""
+def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[str, str]) -> None:
+    """From the base to ``stage.final``. ``specialists`` maps a domain to its checkpoint."""
     config = session.recipe.distill
     assert config is not None
-    stage_dir = session.run.stage_dir(stage)
     weights = {name: domain.weight for name, domain in session.recipe.domains.items()}
-    learner = open_learner(session, start, config, num_updates=1, stage_dir=stage_dir)
-    first = learner.state.get("next_step", 0)
-    send_policy(session, learner, version=first)
-    tasks = interleave(session, config, skip_steps=first)
+    learner, first = session.open_learner(stage, session.base_path, config)
+    session.send_policy(learner, version=first)
+    tasks = interleave(session.recipe, config, skip_steps=first)
     teachers = teachers_of(session.recipe.domains, config, specialists)
-    with (
-        config.teachers.open(teachers, student_path=start) as pool,
-        session.progress.stage(stage, config.max_steps, first=first) as progress,
-    ):
-        objective = DistillObjective(config, states_of=pool.states, head_of=pool.head)
+    progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
+    log = RolloutLog(stage)
+    probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
+    with config.teachers.open(teachers, student_path=session.base_path, probes=probes) as opened:
+        objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
         for step in range(first, config.max_steps):
-            groups = session.rollouts.play(_jobs(session, f"{stage}/{step}", next(tasks)))
+            groups = session.rollouts.play(_jobs(session, f"{stage.name}/{step}", next(tasks)))
             samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-            metrics = group_metrics(groups) | dict(pool.cache_states(samples))
-            metrics |= learner.update(samples, objective)
-            pool.free(samples)
-            send_policy(session, learner, version=step + 1)
-            write_groups(stage_dir / "rollouts.jsonl", step, groups)
-            session.metrics.log(stage, step + 1, metrics)
+            opened.cache_states(samples)
+            metrics = group_metrics(groups) | learner.update(samples, objective) | dict(opened.costs())
+            opened.store.free(sample.id for sample in samples)
+            session.send_policy(learner, version=step + 1)
+            log.write_groups(groups, step)
+            session.metrics.log(stage.name, step + 1, metrics)
             progress.update(step + 1, metrics)
             if (step + 1) % config.save_steps == 0:
-                learner.save_checkpoint(stage_dir / "checkpoints", step + 1, {"next_step": step + 1})
-    final = learner.save_final(stage_dir / "final")
+                learner.save_checkpoint(stage.checkpoints, {"next_step": step + 1})
+    session.save_final(learner, stage.final)
     learner.close()
-    return final
 
 
 def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Mapping[str, str]) -> dict[str, Teacher]:
@@ -71,6 +70,13 @@ def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Map
     return teachers
 
 
+def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:
+    """A few encoded prompts of a domain, for the start-up checks of its teacher."""
+    chat = ChatFormat(load_tokenizer(session.base_path))
+    tasks = itertools.islice(domain.tasks.train(seed=session.recipe.seed), count)
+    return [chat.encode_prompt(task.prompt) for task in tasks]
+
+
 def shares(domains: Mapping[str, Domain], total: int) -> dict[str, int]:
     """Rollouts per domain and step, by largest remainder; every domain gets at least one."""
     whole = sum(domain.share for domain in domains.values())
@@ -82,12 +88,13 @@ def shares(domains: Mapping[str, Domain], total: int) -> dict[str, int]:
     return given
 
 
-def interleave(session: Session, config: Distill, *, skip_steps: int) -> Iterator[list[Task]]:
+def interleave(recipe: Recipe, config: Distill, *, skip_steps: int) -> Iterator[list[Task]]:
     """Per step, tasks of all domains in turn, so that no stretch of a batch belongs to one teacher."""
-    per_step = shares(session.recipe.domains, config.rollouts_per_step)
+    per_step = shares(recipe.domains, config.rollouts_per_step)
+    # Another seed than the specialists' stages: the student need not see the very tasks they were trained on.
     sources = {
-        name: take_tasks(domain, session.recipe.seed + 1, skip=skip_steps * per_step[name])
-        for name, domain in session.recipe.domains.items()
+        name: take_tasks(domain, recipe.seed + 1, skip=skip_steps * per_step[name])
+        for name, domain in recipe.domains.items()
     }
     while True:
         drawn = [list(itertools.islice(sources[name], count)) for name, count in per_step.items()]

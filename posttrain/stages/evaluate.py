@@ -6,15 +6,16 @@ One file a (model, domain) pair makes the stage resumable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from posttrain.rollout.player import GroupJob
-from posttrain.runs.evaluation import ModelScores
-from posttrain.runs.rollout_log import write_groups
-from posttrain.stages.session import Session, judged_by_policy
+from posttrain.runs.evaluation import ModelName, ModelScores, scores_path
+from posttrain.runs.rollout_log import RolloutLog
+from posttrain.runs.rundir import StageDir
+from posttrain.stages.session import Session
 from posttrain.types import Group
 
 
@@ -22,8 +23,7 @@ from posttrain.types import Group
 class Contestant:
     """A checkpoint and the domains it is measured on."""
 
-    name: str
-    """``base``, ``sft``, ``specialist`` or ``student``."""
+    model: ModelName
     path: str
     domain: str
 
@@ -33,60 +33,55 @@ def contestants(
 ) -> Iterator[Contestant]:
     """Everything to be compared, ordered so that each checkpoint is loaded as rarely as possible."""
     domains = session.recipe.domains
-    yield from (Contestant(name="base", path=session.base_path, domain=name) for name in domains)
+    yield from (Contestant(model="base", path=session.base_path, domain=name) for name in domains)
     for name in domains:
         if name in sft:
-            yield Contestant(name="sft", path=sft[name], domain=name)
+            yield Contestant(model="sft", path=sft[name], domain=name)
         if name in specialists:
-            yield Contestant(name="specialist", path=specialists[name], domain=name)
+            yield Contestant(model="specialist", path=specialists[name], domain=name)
     if student is not None:
-        yield from (Contestant(name="student", path=student, domain=name) for name in domains)
+        yield from (Contestant(model="student", path=student, domain=name) for name in domains)
 
 
-def run_evaluate_stage(session: Session, stage: str, entrants: list[Contestant]) -> None:
-    """Scores of all contestants into ``stages/<stage>``, skipping those already there."""
-    folder = session.run.stage_dir(stage)
-    missing = [e for e in entrants if not ModelScores.path_in(folder, e.domain, e.name).exists()]
+def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Contestant]) -> None:
+    """Scores of all contestants into ``stage``, skipping those already there."""
+    missing = [e for e in entrants if not scores_path(stage.path, e.model, e.domain).exists()]
+    already = len(entrants) - len(missing)
+    session.begin(stage, already)
+    progress = session.progress.stage(stage.name, len(entrants), first_step=already)
+    if any(session.judged_by_policy(entrant.domain) for entrant in missing):
+        session.send_checkpoint(session.base_path, judge=True)
     loaded: str | None = None
-    judging = False
-    with session.progress.stage(stage, len(entrants), first=len(entrants) - len(missing)) as progress:
-        for done, entrant in enumerate(missing, start=len(entrants) - len(missing) + 1):
-            if judged_by_policy({entrant.domain: session.recipe.domains[entrant.domain]}) and not judging:
-                session.send_checkpoint(session.base_path, judge=True)
-                judging = True
-            if loaded != entrant.path:
-                session.send_checkpoint(entrant.path)
-                loaded = entrant.path
-            scores = evaluate(session, stage, entrant)
-            scores.save(folder)
-            progress.update(done, {f"{entrant.domain}/{entrant.name}": float(np.nanmean(scores.sampled))})
+    for done, entrant in enumerate(missing, start=already + 1):
+        if loaded != entrant.path:
+            session.send_checkpoint(entrant.path)
+            loaded = entrant.path
+        scores, groups = evaluate(session, entrant)
+        RolloutLog(stage).write_groups(groups, done, model=entrant.model)
+        scores.save(stage.path)
+        progress.update(done, {"reward": float(np.nanmean(scores.sampled))})
 
 
-def evaluate(session: Session, stage: str, entrant: Contestant) -> ModelScores:
+def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[Group]]:
     """One contestant on the held-out tasks of one domain: one greedy rollout and several sampled ones a task."""
     settings = session.recipe.evaluation
-    domain = session.recipe.domains[entrant.domain]
-    tasks = domain.tasks.heldout(count=settings.num_tasks)
-    greedy = replace(domain.sampling, temperature=0.0)
-    jobs: list[GroupJob] = []
-    for i, task in enumerate(tasks):
-        # The ids leave out the contestant, so that all draw with the same random numbers: a paired comparison.
-        jobs.append(session.job(f"{stage}/{entrant.domain}/{i}/greedy", task, num_rollouts=1, sampling=greedy))
-        jobs.append(session.job(f"{stage}/{entrant.domain}/{i}", task, num_rollouts=settings.num_samples))
-    groups = session.rollouts.play(jobs)
-    log = session.run.stage_dir(stage) / "rollouts" / f"{entrant.domain}-{entrant.name}.jsonl"
-    log.unlink(missing_ok=True)
-    write_groups(log, 0, groups)
-    return ModelScores(
+    tasks = session.recipe.domains[entrant.domain].tasks.heldout(count=settings.num_tasks)
+    # The ids leave out the contestant, so that all draw with the same random numbers: a paired comparison.
+    prefix = f"evaluate/{entrant.domain}"
+    greedy = [session.job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]
+    sampled = [session.job(f"{prefix}/{i}", t, num_rollouts=settings.num_samples) for i, t in enumerate(tasks)]
+    groups = session.rollouts.play(greedy + sampled)
+    scores = ModelScores(
         domain=entrant.domain,
-        model=entrant.name,
+        model=entrant.model,
         task_ids=tuple(task.id for task in tasks),
-        greedy=_matrix(groups[0::2]),
-        sampled=_matrix(groups[1::2]),
+        greedy=_matrix(groups[: len(tasks)]),
+        sampled=_matrix(groups[len(tasks) :]),
     )
+    return scores, groups
 
 
-def _matrix(groups: list[Group]) -> np.ndarray:
+def _matrix(groups: Sequence[Group]) -> npt.NDArray[np.float64]:
     """[num_tasks, num_samples] of score values, NaN where a rollout could not be scored."""
     rows = [[np.nan if s.value is None else s.value for s in group.scores] for group in groups]
     return np.asarray(rows, dtype=np.float64)

@@ -1,19 +1,26 @@
-"""What the stages of one run share: the recipe, the run directory and the rollout workers."""
+"""What the stages of one run share: the recipe, the run directory, the rollout workers, the learner."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from posttrain.config import Domain, Recipe
+from posttrain.config import GRPO, Distill, Recipe
+from posttrain.engine.weights import export_weights
+from posttrain.learner.checkpoint import latest_checkpoint
+from posttrain.learner.learner import Learner
+from posttrain.models import compute_dtype, load_model, load_tokenizer, resolve_path
+from posttrain.protocols import PolicyJudged
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
-from posttrain.runs.rundir import RunDir
+from posttrain.runs.rollout_log import RolloutLog
+from posttrain.runs.rundir import EventKind, RunDir, StageDir
 from posttrain.types import Sampling, Task
 
 if TYPE_CHECKING:
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
     from posttrain.rollout.actors import RolloutService
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True)
 class Session:
     """Live things of a run. The rollout workers start with the first stage that plays."""
 
@@ -31,7 +38,6 @@ class Session:
     metrics: MetricsLog
     progress: Progress
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _service: RolloutService | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -41,61 +47,102 @@ class Session:
     ) -> None:
         self._stack.close()
 
-    @property
+    @cached_property
     def base_path(self) -> str:
-        from posttrain.models import resolve_path
-
         return resolve_path(self.recipe.model.path)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Compute type of every forward pass of the run, engine and learner alike."""
-        from posttrain.models import compute_dtype_of
+        import torch
 
-        return compute_dtype_of(self.base_path, self.recipe.model.dtype)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        num_parameters = load_model(self.base_path, torch.bfloat16).num_parameters()
+        return compute_dtype(self.recipe.model.dtype, num_parameters, device)
 
-    @property
+    @cached_property
     def rollouts(self) -> RolloutService:
-        if self._service is None:
-            from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
+        from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
 
-            self._stack.enter_context(ray_session(self.recipe.workers))
-            spec = WorkerSpec(
-                model_path=self.base_path,
-                dtype=str(self.dtype).removeprefix("torch."),
-                max_sequence_tokens=max(d.max_sequence_tokens for d in self.recipe.domains.values()),
-                workers=self.recipe.workers,
-                substrate=self.recipe.substrate,
-            )
-            self._service = self._stack.enter_context(RolloutService(spec))
-        return self._service
+        self._stack.enter_context(ray_session(self.recipe.workers))
+        spec = WorkerSpec(
+            model_path=self.base_path,
+            dtype=str(self.dtype).removeprefix("torch."),
+            max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
+            workers=self.recipe.workers,
+            substrate=self.recipe.substrate,
+        )
+        return self._stack.enter_context(RolloutService(spec))
 
     def send_checkpoint(self, path: str | Path, *, version: int = 0, judge: bool = False) -> None:
         """Load a checkpoint's weights into every rollout worker, as policy or as judge."""
-        from posttrain.engine.weights import export_weights
-        from posttrain.models import load_model
-
-        model = load_model(str(path), self.dtype)
-        weights = export_weights(dict(model.named_parameters()), self.dtype)
+        weights = export_weights(load_model(str(path), self.dtype).named_parameters(), self.dtype)
         send = self.rollouts.load_judge_weights if judge else self.rollouts.load_weights
         send(weights, version)
 
-    def job(
-        self, job_id: str, task: Task, *, num_rollouts: int, scored: bool = True, sampling: Sampling | None = None
-    ) -> GroupJob:
+    def send_policy(self, learner: Learner, *, version: int) -> None:
+        """Give the workers the learner's weights of this moment."""
+        self.rollouts.load_weights(export_weights(learner.weights(self.dtype).items(), self.dtype), version)
+
+    def job(self, job_id: str, task: Task, *, num_rollouts: int, scored: bool = True, greedy: bool = False) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
         play = Play(
             environment=domain.environment,
             reward=domain.reward if scored else None,
-            sampling=sampling or domain.sampling,
+            sampling=_greedy(domain.sampling) if greedy else domain.sampling,
             max_sequence_tokens=domain.max_sequence_tokens,
         )
         return GroupJob(id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed)
 
+    def judged_by_policy(self, domain: str) -> bool:
+        """Whether this domain's reward asks the policy itself."""
+        return isinstance(self.recipe.domains[domain].reward, PolicyJudged)
 
-def judged_by_policy(domains: Mapping[str, Domain]) -> bool:
-    """Whether any of these domains' rewards asks the policy itself."""
-    from posttrain.protocols import PolicyJudged
+    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, int]:
+        """A learner at ``start`` and step 0, or as the stage's newest checkpoint left it and its next step.
 
-    return any(isinstance(domain.reward, PolicyJudged) for domain in domains.values())
+        What was logged after that checkpoint is forgotten, so that the record equals an uninterrupted run's.
+        """
+        import torch
+
+        updates = config.num_iterations * config.minibatches_per_step if isinstance(config, GRPO) else 1
+        learner = Learner(
+            load_model(start, torch.float32),
+            optim=config.optim,
+            num_steps=config.max_steps * updates,
+            tokens_per_micro_batch=config.tokens_per_micro_batch,
+            dtype=self.dtype,
+            lora=self.recipe.model.lora,
+            keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            seed=self.recipe.seed,
+        )
+        checkpoint = latest_checkpoint(stage.checkpoints)
+        first = int(learner.load_checkpoint(checkpoint)["next_step"]) if checkpoint else 0
+        RolloutLog(stage).rewind(first - 1)
+        self.begin(stage, first)
+        return learner, first
+
+    def begin(self, stage: StageDir, step: int) -> None:
+        """Record that a stage starts, or goes on after ``step`` steps; later metrics are forgotten."""
+        kinds = {event["kind"] for event in self.run.read_events() if event.get("stage") == stage.name}
+        if EventKind.STAGE_STARTED in kinds:
+            self.run.log_event(EventKind.RESUMED, stage=stage.name, step=step)
+            self.metrics.rewind(stage.name, step)
+        else:
+            self.run.log_event(EventKind.STAGE_STARTED, stage=stage.name)
+
+    def save_final(self, learner: Learner, directory: Path) -> Path:
+        """A plain checkpoint of the learner's weights, in the compute type."""
+        learner.save_final(directory, load_tokenizer(self.base_path))
+        return directory
+
+
+def _greedy(sampling: Sampling) -> Sampling:
+    return replace(sampling, temperature=0.0)
+
+
+def finals(session: Session, kind: str) -> Mapping[str, str]:
+    """Domain -> final checkpoint of every finished stage of one kind, ``sft`` or ``grpo``."""
+    stages = {domain: session.run.stage(f"{kind}-{domain}") for domain in session.recipe.domains}
+    return {domain: str(stage.final) for domain, stage in stages.items() if stage.done is not None}

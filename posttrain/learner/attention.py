@@ -1,0 +1,122 @@
+"""Attention over packed rows: many sequences in one [1, T] row, without padding and without a [T, T] mask.
+
+The learner switches a model to this implementation and passes the segment lengths as the keyword ``segment_lengths``,
+which transformers hands down to every attention layer. Each segment attends causally to itself alone. Neighbours of
+equal length share one call of ``scaled_dot_product_attention``, so packing sorts by length. The same code runs
+on CPU and GPU, since the kernel behind the call is PyTorch's choice.
+
+Not covered: attention sinks, soft-capped scores, position biases, and windows shorter than a segment. Those raise.
+
+Shape letters: ``B`` batch (always 1), ``H`` query heads, ``K`` key heads, ``T`` tokens of the row, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from posttrain.errors import RecipeError
+
+PACKED_ATTENTION = "posttrain_packed"
+
+# Keyword arguments by which models ask for attention that is not plain softmax(QK / sqrt(D)).
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def packed_attention(  # noqa: PLR0913 - transformers prescribes the signature
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segment_lengths: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment of a packed row; returns ([1, T, H, D], None).
+
+    The signature is that of transformers' ``AttentionInterface``. Without ``segment_lengths`` the row is one segment.
+    Raises ``ValueError`` for a batch of several rows or lengths that do not add up to T, and ``RecipeError`` for
+    attention variants this implementation does not compute.
+    """
+    num_rows, _, num_tokens, _ = query_BHTD.shape
+    lengths = (num_tokens,) if segment_lengths is None else segment_lengths
+    if num_rows != 1 or sum(lengths) != num_tokens or key_BKTD.shape[2] != num_tokens or attention_mask is not None:
+        raise ValueError(
+            f"packed attention got {num_rows} rows of {num_tokens} tokens, {key_BKTD.shape[2]} keys, segment lengths "
+            f"{list(lengths)} and mask {attention_mask is not None}; expected one row, as many keys, lengths that "
+            "add up to it, and no mask"
+        )
+    _refuse_variants(kwargs, max(lengths), sliding_window)
+    outputs = [
+        _attend(run, dropout=dropout, scaling=scaling)
+        for run in _runs(lengths, query_BHTD[0], key_BKTD[0], value_BKTD[0])
+    ]
+    return torch.cat(outputs)[None], None
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch a model, in place, to packed attention. Forward passes must then go through one [1, T] row.
+
+    Raises ``RecipeError`` for architectures whose attention is not replaceable.
+    """
+    # No mask function is registered under this name: transformers then builds no mask at all.
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    if not model._supports_attention_backend:
+        raise RecipeError(
+            f"model: {type(model).__name__} does not go through transformers' attention interface; packed training "
+            "needs an architecture that does, such as Llama, Qwen or Mistral"
+        )
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+Run = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _runs(
+    lengths: Sequence[int], query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor
+) -> Iterator[Run]:
+    """Views of shape [segments, heads, length, D] over neighbouring segments of equal length."""
+    start = 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        stop = start + count * length
+        query, key, value = (
+            row[:, start:stop].unflatten(1, (count, length)).transpose(0, 1) for row in (query_HTD, key_KTD, value_KTD)
+        )
+        yield query, key, value
+        start = stop
+
+
+def _attend(run: Run, *, dropout: float, scaling: float | None) -> torch.Tensor:
+    """One kernel call for a run of equal segments; returns [segments * length, H, D]."""
+    query, key, value = run
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _refuse_variants(kwargs: dict[str, Any], longest: int, sliding_window: int | None) -> None:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise RecipeError(f"model: its attention uses {name!r}, which packed attention does not compute")
+    if sliding_window is not None and longest > sliding_window:
+        raise RecipeError(
+            f"model: its attention window is {sliding_window} tokens and a sample has {longest}; packed attention "
+            "does not window, so lower max_sequence_tokens to the window"
+        )

@@ -1,0 +1,230 @@
+"""The learner that GRPO and distillation share: packed micro-batches, float32 master weights, one step per call.
+
+``update`` makes exactly one optimizer step of one mini-batch. Micro-batches only divide the work: every loss is
+normalised by the totals of the mini-batch, so the step does not depend on the token budget beyond rounding.
+
+Runs in one process on one device, the first GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from posttrain.config import Lora, Optim
+from posttrain.errors import RecipeError
+from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from posttrain.learner.objectives import Objective
+from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
+from posttrain.learner.policy import HeadInputs, Policy
+from posttrain.types import Sample
+
+
+class Learner:
+    """Trains one causal language model in place.
+
+    ``model`` is a plain Hugging Face model in float32 that the learner takes over; ``dtype`` is what forward passes
+    compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule.
+    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
+
+    Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
+    weights that are not float32, and when started in several processes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        optim: Optim,
+        num_steps: int,
+        tokens_per_micro_batch: int,
+        dtype: torch.dtype = torch.float32,
+        lora: Lora | None = None,
+        keep_reference: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._accelerator = Accelerator()
+        _check_single_process(self._accelerator)
+        self.device = self._accelerator.device
+        self.dtype = dtype
+        self.num_optimizer_steps = num_steps
+        self.step = 0
+        """Optimizer steps made so far."""
+        self._max_grad_norm = optim.max_grad_norm
+        self._budget = tokens_per_micro_batch
+        self._policy = Policy(model.to(self.device), dtype=dtype, lora=lora, keep_reference=keep_reference, seed=seed)
+        self._optimizer = self._accelerator.prepare(_adamw(list(self._policy.trained().values()), optim))
+        self._scheduler = get_scheduler(
+            optim.lr_scheduler_type,
+            self._optimizer,
+            num_warmup_steps=optim.warmup_steps,
+            num_training_steps=num_steps,
+        )
+
+    def update(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
+        """One optimizer step on one mini-batch; returns its metrics.
+
+        ``tokens`` counts every token of the samples trained on, ``loss_tokens`` those with loss. Samples without loss
+        tokens only count in the totals. Raises ``ValueError`` when no sample carries loss, and ``FloatingPointError``
+        naming the samples when loss or gradient is not finite; the weights are then as before.
+        """
+        started = time.perf_counter()
+        trained = [sample for sample in samples if sample.num_loss_tokens]
+        if not trained:
+            raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
+        plan = plan_micro_batches(trained, self._budget)
+        learning_rate = self._scheduler.get_last_lr()[0]
+        try:
+            metrics = self._accumulate(plan, objective, Totals.of(samples))
+            grad_norm = self._clip(trained)
+            self._optimizer.step()
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+        self._scheduler.step()
+        self.step += 1
+        tokens = sum(len(sample) for sample in trained)
+        return metrics | {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+            "loss_tokens": sum(sample.num_loss_tokens for sample in trained),
+            "tokens_per_s": tokens / (time.perf_counter() - started),
+            "micro_batches": len(plan),
+            "packing_fill": fill(plan, self._budget),
+            "padding_share": 0.0,
+        }
+
+    def reference(self, batch: PackedBatch) -> HeadInputs:
+        """States and head of the model as it was when this learner was made, without gradient.
+
+        Raises ``ValueError`` unless the learner was built with ``keep_reference`` or LoRA.
+        """
+        return self._policy.reference(batch)
+
+    def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """A copy of the weights in ``dtype``, named as in the plain Hugging Face model, adapters merged.
+
+        Tied tensors appear once, under the input embedding's name.
+        """
+        return {name: tensor.to(dtype, copy=True) for name, tensor in self._policy.plain_weights()}
+
+    def save_final(
+        self, directory: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a plain Hugging Face checkpoint with its tokenizer, adapters merged; replaces ``directory``.
+
+        The default ``dtype`` is the compute type: whoever loads the result measures, teaches or continues from
+        exactly the weights the engine sampled from during training, at half the size of float32.
+        """
+        dtype = dtype or self.dtype
+        partial = directory.with_name(f"partial-{directory.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        self._policy.model.save_pretrained(partial, state_dict=self.weights(dtype))
+        # save_pretrained recorded the type of the master weights, not of the file.
+        config = copy.deepcopy(self._policy.model.config)
+        config.dtype = dtype
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+
+    def save_checkpoint(self, root: Path, caller: Any = None) -> Path:
+        """Write ``root/step-NNNNNN``, from which ``load_checkpoint`` continues bit for bit.
+
+        ``caller`` is a JSON value kept beside it. Raises ``OSError`` (ENOSPC) when the disk is full.
+        """
+        state = {
+            "model": {name: parameter.detach() for name, parameter in self._policy.trained().items()},
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "rng": rng_state(),
+        }
+        return save_checkpoint(root, step=self.step, state=state, caller=caller)
+
+    def load_checkpoint(self, path: Path) -> Any:
+        """Continue from a checkpoint of a learner built the same way; returns the caller's value.
+
+        Raises ``RecipeError`` when the checkpoint's weights are not those this learner trains.
+        """
+        checkpoint = load_checkpoint(path)
+        mine, saved = self._policy.trained(), checkpoint.state["model"]
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in saved.items()}:
+            raise RecipeError(
+                f"{path}: the checkpoint has {len(saved)} trained tensors and this learner {len(mine)}, or their "
+                "names or shapes differ; resume with the model and lora settings the run was started with"
+            )
+        for name, tensor in mine.items():
+            tensor.data.copy_(saved[name])
+        self._optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self._scheduler.load_state_dict(checkpoint.state["scheduler"])
+        set_rng_state(checkpoint.state["rng"])
+        self.step = checkpoint.step
+        return checkpoint.caller
+
+    def close(self) -> None:
+        """Free model and optimizer; the learner is then unusable."""
+        self._accelerator.free_memory()
+        del self._policy, self._optimizer, self._scheduler
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _accumulate(self, plan: Sequence[Sequence[Sample]], objective: Objective, totals: Totals) -> dict[str, float]:
+        """Add up the gradients of all micro-batches; returns the loss and the objective's metrics."""
+        sums: dict[str, list[float]] = {}
+        loss_sum = 0.0
+        for members in plan:
+            batch = PackedBatch.collate(members).to(self.device)
+            loss, metrics = objective.loss(self._policy.forward(batch), batch, totals)
+            if not math.isfinite(value := loss.item()):
+                raise FloatingPointError(
+                    f"step {self.step}: the loss is {value} in a micro-batch of samples {list(batch.sample_ids)}; "
+                    "the weights were not changed"
+                )
+            self._accelerator.backward(loss)
+            loss_sum += value
+            for name, pair in metrics.items():
+                sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
+        means = {name: numerator / denominator for name, (numerator, denominator) in sums.items() if denominator}
+        return {"loss": loss_sum} | means
+
+    def _clip(self, samples: Sequence[Sample]) -> float:
+        """Clip the gradient; returns its norm before."""
+        norm = self._accelerator.clip_grad_norm_(list(self._policy.trained().values()), self._max_grad_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step}: the gradient norm is {norm} on samples {[sample.id for sample in samples]}; "
+                "the weights were not changed"
+            )
+        return norm
+
+
+def _adamw(parameters: list[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, not norms and biases, as the Hugging Face Trainer does."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        fused=True,
+    )
+
+
+def _check_single_process(accelerator: Accelerator) -> None:
+    if accelerator.num_processes != 1:
+        raise RecipeError(
+            f"the learner runs in one process and was started in {accelerator.num_processes}; start it without "
+            "accelerate launch or torchrun"
+        )

@@ -1,0 +1,42 @@
+"""Arithmetic from reasoning-gym's generators (https://github.com/open-thought/reasoning-gym)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.types import Message, Task
+from recipes.tasks.splits import DrawnTasks, SolvedTask, problem_id
+
+
+def _short_sums() -> dict[str, Any]:
+    return {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+
+
+@dataclass(frozen=True)
+class MathTasks(DrawnTasks):
+    """Problems of one reasoning-gym data set, answered with the bare answer.
+
+    ``info`` holds ``dataset`` and ``entry``, the two things ``reasoning_gym.get_score_answer_fn`` grading needs.
+    """
+
+    dataset: str = "chain_sum"
+    config: Mapping[str, Any] = field(default_factory=_short_sums)
+    """Settings of the reasoning-gym generator; more terms and digits make ``chain_sum`` harder."""
+    request: str = "Answer with the number only."
+
+    def draw(self, rng: random.Random) -> SolvedTask:
+        import reasoning_gym
+
+        entry = reasoning_gym.create_dataset(self.dataset, seed=rng.getrandbits(32), size=1, **self.config)[0]
+        prompt: Message = {"role": "user", "content": f"{entry['question']} {self.request}"}
+        task = Task(
+            id=problem_id("math", self.dataset, entry["question"]),
+            domain="math",
+            prompt=(prompt,),
+            answer=entry["answer"],
+            info={"dataset": self.dataset, "entry": entry},
+        )
+        return SolvedTask(task=task, solution=({"role": "assistant", "content": entry["answer"]},))

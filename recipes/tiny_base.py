@@ -1,0 +1,223 @@
+"""The tiny base language model that ships with the package, and how it was made.
+
+``python -m recipes.tiny_base --out DIR`` generates the corpus of ``recipes.tiny_corpus``, trains a byte-level BPE
+tokenizer and a small Llama on it, and writes a plain ``transformers`` checkpoint. The corpus and the order of
+training are fixed by the seed; the weights are the same bit for bit on the same machine with the same thread count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipes.tiny_corpus import Document, Mix, documents, sample
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("user", "assistant", "tool", "system")
+SPECIAL_TOKENS = (PAD, END, *(f"<|{role}|>" for role in ROLES))
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""Every message is closed on its own, so a longer conversation begins with the tokens of a shorter one."""
+
+WORD_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""GPT-2's split without contractions, and with every digit on its own."""
+
+
+SHARES = {
+    "math": 1.0,
+    "math page": 1.5,
+    "code": 1.0,
+    "code page": 0.7,
+    "agent": 1.2,
+    "agent page": 0.5,
+    "writing": 1.0,
+    "writing page": 0.5,
+    "judge": 1.5,
+    "echo": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyBase:
+    """Sizes, corpus and schedule."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_layers: int = 4
+    num_heads: int = 4
+    context: int = 512
+    mix: Mix = field(default_factory=lambda: Mix(shares=SHARES))
+    num_steps: int = 6000
+    batch_rows: int = 8
+    row_tokens: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    seed: int = 0
+
+
+def build_tokenizer(texts: Sequence[str], *, vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, trained on ``texts``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[f"<|{role}|>" for role in ROLES],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The Llama configuration of the checkpoint."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=base.vocab_size,
+        hidden_size=base.hidden_size,
+        intermediate_size=base.intermediate_size,
+        num_hidden_layers=base.num_layers,
+        num_attention_heads=base.num_heads,
+        num_key_value_heads=base.num_heads,
+        max_position_embeddings=base.context,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list[int], list[int]]:
+    """Token ids and labels; -100 marks what others said in a conversation, which carries no loss."""
+    if isinstance(document, str):
+        ids = [*tokenizer.encode(document, add_special_tokens=False), tokenizer.eos_token_id]
+        return ids, ids
+    ids, labels = [], []
+    for message in document:
+        (role,) = tokenizer.encode(f"<|{message['role']}|>", add_special_tokens=False)
+        said = [*tokenizer.encode(message["content"], add_special_tokens=False), tokenizer.eos_token_id]
+        ids += [role, *said]
+        labels += [-100, *(said if message["role"] == "assistant" else [-100] * len(said))]
+    return ids, labels
+
+
+def rows(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids and labels of ``base.row_tokens`` each: whole documents of all kinds one after another, then padding.
+
+    Documents in a row see the ones before them, which does no harm here; every row starts with a fresh document.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    for document in documents(base.mix, seed=base.seed):
+        more_ids, more_labels = encode(tokenizer, document)
+        if len(ids) + len(more_ids) > base.row_tokens:
+            padding = base.row_tokens - len(ids)
+            yield ids + [tokenizer.pad_token_id] * padding, labels + [-100] * padding
+            ids, labels = [], []
+        ids, labels = ids + more_ids[: base.row_tokens], labels + more_labels[: base.row_tokens]
+
+
+def batches(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of token ids and labels, both [B, T]."""
+    import torch
+
+    packed = rows(base, tokenizer)
+    while True:
+        batch = list(islice(packed, base.batch_rows))
+        yield torch.tensor([ids for ids, _ in batch]), torch.tensor([labels for _, labels in batch])
+
+
+def schedule(base: TinyBase, step: int) -> float:
+    """Linear warm-up, then cosine to 2 % of the peak."""
+    if step < base.warmup_steps:
+        return (step + 1) / base.warmup_steps
+    progress = (step - base.warmup_steps) / max(1, base.num_steps - base.warmup_steps)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model trained on ``base.num_steps`` batches; forward passes in bfloat16, weights in float32."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(base.seed)
+    model = LlamaForCausalLM(model_config(base, tokenizer)).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=base.learning_rate, betas=(0.9, 0.98), weight_decay=base.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(base, step))
+    start, num_tokens = time.monotonic(), 0
+    for step, (ids_BT, labels_BT) in enumerate(islice(batches(base, tokenizer), base.num_steps), start=1):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids_BT, labels=labels_BT).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        num_tokens += ids_BT.numel()
+        if step % 50 == 0:
+            passed = time.monotonic() - start
+            print(f"step {step}/{base.num_steps} loss {loss.item():.3f} {num_tokens} tokens {passed:.0f} s", flush=True)
+    return model.eval()
+
+
+def build(base: TinyBase, out: Path) -> None:
+    """Train everything and write the checkpoint to ``out``."""
+    texts = [text for document in sample(base.mix, count=20_000, seed=base.seed) for text in _texts(document)]
+    tokenizer = build_tokenizer(texts, vocab_size=base.vocab_size, context=base.context)
+    model = train(base, tokenizer)
+    model.bfloat16().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _texts(document: Document) -> list[str]:
+    return [document] if isinstance(document, str) else [message["content"] for message in document]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny base model from scratch.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=TinyBase().num_steps)
+    parser.add_argument("--seed", type=int, default=TinyBase().seed)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    build(TinyBase(num_steps=arguments.steps, seed=arguments.seed), arguments.out)
+    print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

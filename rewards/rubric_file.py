@@ -1,0 +1,75 @@
+"""Rubrics as TOML: reading, and saying where a mistake is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from posttrain.errors import RecipeError
+
+_TABLE = re.compile(r"^\s*\[(?:\[\s*(?P<list>[\w.]+)\s*\]|\s*(?P<single>[\w.]+)\s*)\]")
+
+
+def rubric_source(path_or_name: str | Path) -> tuple[str, str]:
+    """Where a rubric lies and its text: a file, or the name of one that comes with this package."""
+    path = Path(path_or_name)
+    if path.suffix == ".toml":
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"rubric {str(path)!r} cannot be read: {error.strerror}; expected a TOML file") from error
+    folder = resources.files("rewards") / "rubrics"
+    names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    if str(path) not in names:
+        raise RecipeError(
+            f"rubric {str(path)!r} is not there; expected a path that ends in .toml or one of {', '.join(names)}"
+        )
+    return f"{path}.toml", (folder / f"{path}.toml").read_text(encoding="utf-8")
+
+
+def parse_toml(source: str, text: str) -> dict[str, Any]:
+    """The file's tables. A syntax error becomes a ``RecipeError`` with its line."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"rubric {source}: not valid TOML: {error}") from error
+
+
+def explain_errors(source: str, text: str, error: ValidationError) -> RecipeError:
+    """All validation errors in one message, a line each: file, line number, field, what is wrong."""
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item["loc"]
+        field = ".".join(map(str, location)) or "rubric"
+        message = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(item["input"], dict) or item["type"] == "missing" else f" (found {item['input']!r})"
+        lines.append(f"{source}:{line_of(text, location)}: {field}: {message}{given}")
+    return RecipeError("rubric is not valid\n" + "\n".join(lines))
+
+
+def line_of(text: str, location: Sequence[str | int]) -> int:
+    """Line, from 1, of a field such as ``("criteria", 2, "weight")``, or of its table when the key is not there."""
+    table = str(location[0]) if location and (len(location) > 1) else ""
+    index = next((part for part in location[1:2] if isinstance(part, int)), 0)
+    keys = [part for part in location if isinstance(part, str)]
+    key = keys[-1] if keys else ""
+    current, seen, table_line = "", {"": 0}, 1
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = _TABLE.match(line)
+        if header:
+            current = header["list"] or header["single"]
+            seen[current] = seen.get(current, -1) + 1
+        inside = current == table and seen[current] == index
+        if inside and header:
+            table_line = number
+        if inside and re.match(rf'\s*"?{re.escape(key)}"?\s*=', line):
+            return number
+        if not table and header and current == key:
+            return number
+    return table_line

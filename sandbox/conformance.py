@@ -1,0 +1,350 @@
+"""What every kind of box must do. ``python -m sandbox.conformance process`` (or ``container``) runs it on this machine.
+
+Each check opens a box of its own, attacks or exercises it, and asserts; afterwards the next command must still work
+wherever the box is meant to survive. Limits are small, so that a bomb is bounded by the box, not by the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import SandboxError, SandboxLost
+from posttrain.protocols import Substrate
+from posttrain.types import ExecResult, ExecStatus, SandboxSpec
+from sandbox.client import AgentSandbox
+from sandbox.container import Container, close_pools
+from sandbox.process import Process
+
+SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
+CHECK_DEADLINE_S = 60.0
+Check = Callable[[AgentSandbox], Awaitable[None]]
+
+
+def expect(claim: bool, *seen: object) -> None:
+    """Raise ``AssertionError`` showing what was seen instead."""
+    if not claim:
+        raise AssertionError(*seen)
+
+
+async def still_works(box: AgentSandbox) -> None:
+    result = await box.exec(["echo", "alive"])
+    expect(result.ok and result.stdout == b"alive\n", result)
+
+
+async def python(box: AgentSandbox, program: str, timeout_s: float = 10.0) -> ExecResult:
+    return await box.exec(["python3", "-I", "-S", "-c", program], timeout_s=timeout_s)
+
+
+async def bytes_survive(box: AgentSandbox) -> None:
+    data = bytes(range(256)) * 300
+    await box.write("deep/er/file.bin", data)
+    expect(await box.read("deep/er/file.bin") == data, "read differs from what was written")
+    expect((await box.exec(["cat"], stdin=data)).stdout == data, "stdout differs from stdin")
+    expect(await box.list() == ["deep/er/file.bin"], await box.list())
+
+
+async def results_are_typed(box: AgentSandbox) -> None:
+    failed = await box.exec("echo out; echo err >&2; exit 3")
+    expect((failed.status, failed.exit_code) == (ExecStatus.EXITED, 3), failed)
+    expect((failed.stdout, failed.stderr) == (b"out\n", b"err\n"), failed)
+    signaled = await box.exec("kill -SEGV $$")
+    expect((signaled.status, signaled.signal, signaled.exit_code) == (ExecStatus.SIGNALED, 11, None), signaled)
+    expect((await box.exec(["no-such-program"])).exit_code == 127, "a missing program is exit code 127")
+    expect((await box.exec('echo "$KEY"', env={"KEY": "a=b"})).stdout == b"a=b\n", "env")
+
+
+async def timeout_kills_the_tree(box: AgentSandbox) -> None:
+    script = "echo before; setsid sh -c 'trap \"\" TERM; while :; do date +%N > beat; done' & trap '' TERM; sleep 60"
+    result = await box.exec(script, timeout_s=1.0)
+    expect(result.status is ExecStatus.TIMEOUT and result.stdout == b"before\n", result)
+    expect(result.wall_s < 6, result.wall_s)
+    await nothing_runs(box)
+
+
+async def nothing_runs(box: AgentSandbox) -> None:
+    count = "ls /proc | grep -c '^[0-9]'"
+    alone = int((await box.exec(count)).stdout)
+    # The agent, the shell and the two ends of the pipe.
+    expect(alone <= 4, f"{alone} processes in the box")
+
+
+async def background_child_does_not_block(box: AgentSandbox) -> None:
+    result = await box.exec("setsid sleep 60 & echo done")
+    expect(result.ok and result.stdout == b"done\n" and result.wall_s < 5, result)
+    await nothing_runs(box)
+
+
+async def concurrent_commands_are_apart(box: AgentSandbox) -> None:
+    slow = asyncio.create_task(box.exec("sleep 1; echo slow"))
+    await asyncio.sleep(0.2)
+    quick = await box.exec("kill -9 -1; echo quick")
+    result = await slow
+    expect(result.ok and result.stdout == b"slow\n", result, quick)
+
+
+async def cancelling_kills(box: AgentSandbox) -> None:
+    running = asyncio.create_task(box.exec("setsid sleep 60 & sleep 60"))
+    await asyncio.sleep(0.3)
+    running.cancel()
+    await asyncio.wait({running})
+    expect(running.cancelled(), running)
+    await nothing_runs(box)
+
+
+async def output_is_capped(box: AgentSandbox) -> None:
+    result = await box.exec("echo first; seq 1 20000; echo last", max_output=1000)
+    expect(result.ok and result.truncated_bytes > 100_000, result.status, result.truncated_bytes)
+    expect(result.stdout.startswith(b"first\n") and result.stdout.endswith(b"last\n"), result.stdout)
+    expect(len(result.stdout) < 1100, len(result.stdout))
+    flood = await box.exec(["yes"], max_output=1000)
+    expect(flood.status is ExecStatus.OUTPUT_LIMIT and len(flood.stdout) < 1100, flood.status)
+    await still_works(box)
+
+
+async def no_network(box: AgentSandbox) -> None:
+    program = """
+import socket, errno
+def refused(family, kind, address):
+    try:
+        s = socket.socket(family, kind); s.settimeout(2); s.connect(address); return False
+    except OSError as e:
+        return e.errno
+print(refused(socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)),
+      refused(socket.AF_INET6, socket.SOCK_STREAM, ("2001:db8::1", 80)),
+      refused(40, socket.SOCK_STREAM, (2, 1)), refused(16, socket.SOCK_RAW, (0, 0)), refused(38, 5, ("hash", "md5")))
+"""
+    result = await python(box, program)
+    expect(result.ok, result)
+    seen = result.stdout.split()
+    expect(all(value.isdigit() for value in seen), "a connection succeeded or raised oddly", result)
+    expect(seen[2:] == [b"97", b"97", b"97"], "AF_VSOCK, AF_NETLINK and AF_ALG must be refused (EAFNOSUPPORT)", result)
+
+
+async def memory_is_bounded(box: AgentSandbox) -> None:
+    result = await python(box, "b = []\nwhile True: b.append(bytearray(b'x' * (1 << 20)))")
+    expect(result.status is ExecStatus.OOM or (result.exit_code == 1 and b"MemoryError" in result.stderr), result)
+    await still_works(box)
+
+
+async def processes_are_bounded(box: AgentSandbox) -> None:
+    program = """
+import os, time
+n = 0
+try:
+    while n < 200:
+        if os.fork() == 0:
+            time.sleep(60)
+        n += 1
+except OSError:
+    print(n, flush=True)
+    raise
+"""
+    result = await python(box, program)
+    expect(0 < int(result.stdout or 0) <= SPEC.max_processes, result)
+    expect(result.status in (ExecStatus.PIDS_LIMIT, ExecStatus.EXITED) and not result.ok, result)
+    bomb = await box.exec("b() { b | b & }; b; while :; do :; done", timeout_s=2.0)
+    expect(bomb.wall_s < 8, bomb)
+    await nothing_runs(box)
+
+
+async def disk_is_bounded(box: AgentSandbox) -> None:
+    for target in ("big", "/tmp/big"):
+        result = await box.exec(f"for i in 1 2 3 4 5 6 7 8; do head -c 4000000 /dev/zero >> {target}$i || exit 1; done")
+        expect(result.status is ExecStatus.DISK_FULL, target, result)
+    try:
+        await box.write("one-more", bytes(1 << 20))
+    except OSError as error:
+        expect(error.errno == 28, error)
+    else:
+        raise AssertionError("a write to a full disk succeeded")
+    expect("one-more" not in await box.list(), "a failed write left its file behind")
+    await box.exec("rm -f big* /tmp/big*")
+    await still_works(box)
+
+
+async def cpu_is_bounded(box: AgentSandbox) -> None:
+    script = "for i in 1 2 3 4; do timeout 2 sh -c 'while :; do :; done' & done; wait; times"
+    result = await box.exec(script, timeout_s=20)
+    used = [part for line in result.stdout.decode().splitlines()[-1:] for part in line.split()]
+    seconds = sum(float(part.split("m")[0]) * 60 + float(part.split("m")[1].rstrip("s")) for part in used)
+    expect(seconds < 1.5 * 2 * SPEC.cpus, result)
+
+
+async def root_is_read_only(box: AgentSandbox) -> None:
+    result = await box.exec("for f in /x /usr/x /etc/x /bin/sh; do (echo bad >> $f) 2>/dev/null && echo $f; done; true")
+    expect(result.stdout == b"", result)
+    result = await box.exec("grep -E '^(CapEff|CapPrm|NoNewPrivs|Seccomp):' /proc/self/status; id -u")
+    values = result.stdout.decode().split()
+    expect(int(values[1], 16) == int(values[3], 16) == 0 and values[5] == "1" and values[7] == "2", result)
+    expect(values[8] != "0", "the payload is root", result)
+
+
+async def agent_is_out_of_reach(box: AgentSandbox) -> None:
+    program = """
+import os
+def tries(what, function):
+    try:
+        function()
+        print("REACHED", what)
+    except (OSError, ValueError):
+        pass
+for fd in ("0", "1"):
+    tries("fd" + fd, lambda: os.open("/proc/1/fd/" + fd, os.O_WRONLY))
+tries("mem", lambda: os.open("/proc/1/mem", os.O_RDWR))
+tries("environ", lambda: open("/proc/1/environ").read())
+tries("kill", lambda: os.kill(1, 9))
+tries("setuid", lambda: os.setuid(0))
+tries("list", lambda: os.listdir("/proc/1/fd"))
+print("tried")
+"""
+    result = await python(box, program)
+    expect(result.stdout == b"tried\n", result)
+    # What looks like a reply frame is output like any other.
+    forged = await python(box, "import os; os.write(1, bytes.fromhex('0000000107') + bytes(4))")
+    expect(forged.ok and forged.stdout == bytes.fromhex("0000000107") + bytes(4), forged)
+    calls = "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nprint([c.syscall(n, 0, 0, 0, 0) for n in %s])"
+    numbers = "(101, 272, 250, 425, 323)" if os.uname().machine == "x86_64" else "(117, 97, 219, 425, 282)"
+    denied = await box.exec(["python3", "-I", "-c", calls % numbers])
+    expect(denied.stdout == b"[-1, -1, -1, -1, -1]\n", denied)
+
+
+async def links_are_not_followed(box: AgentSandbox) -> None:
+    await box.exec("ln -s /etc/passwd link; ln -s /tmp away; mkfifo pipe; echo x > /tmp/f; mkdir dir")
+    for attempt in (box.read("link"), box.read("away/f"), box.read("pipe"), box.write("away/new", b"x")):
+        try:
+            await attempt
+        except (OSError, ValueError):
+            continue
+        raise AssertionError("a link or a FIFO was followed")
+    await box.write("link", b"mine")
+    expect(await box.read("link") == b"mine", "a write replaces a link")
+    expect(await box.list() == ["link"], await box.list())
+    for path in ("/etc/passwd", "../x", "a/../../x", "", "a\0b"):
+        for refused in (box.read(path), box.write(path, b"")):
+            await raises(ValueError, refused, path)
+    await raises(FileNotFoundError, box.read("absent"), "absent")
+    await raises(IsADirectoryError, box.read("dir"), "dir")
+    await box.exec("truncate -s 5M sparse")
+    await raises(ValueError, box.read("sparse"), "sparse")
+
+
+async def raises(kind: type[Exception], attempt: Awaitable[object], what: str) -> None:
+    try:
+        await attempt
+    except kind:
+        return
+    raise AssertionError(f"{what!r}: expected {kind.__name__}")
+
+
+async def a_lost_box_is_not_a_result(box: AgentSandbox) -> None:
+    running = asyncio.create_task(box.exec("sleep 30", timeout_s=40))
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(box.kill)
+    await raises(SandboxLost, running, "a running command")
+    await raises(SandboxLost, box.exec("true"), "a new command")
+    await raises(SandboxLost, box.read("x"), "a read")
+
+
+CHECKS: tuple[Check, ...] = (
+    bytes_survive,
+    results_are_typed,
+    timeout_kills_the_tree,
+    background_child_does_not_block,
+    concurrent_commands_are_apart,
+    cancelling_kills,
+    output_is_capped,
+    no_network,
+    memory_is_bounded,
+    processes_are_bounded,
+    disk_is_bounded,
+    cpu_is_bounded,
+    root_is_read_only,
+    agent_is_out_of_reach,
+    links_are_not_followed,
+    a_lost_box_is_not_a_result,
+)
+
+
+async def check_box(substrate: Substrate, check: Check) -> None:
+    """Run one check in a box of its own."""
+    async with asyncio.timeout(CHECK_DEADLINE_S), substrate.open(SPEC) as box:
+        assert isinstance(box, AgentSandbox)
+        await check(box)
+
+
+async def nothing_survives_close(substrate: Substrate) -> None:
+    """After the context is left, the host sees none of the box's processes."""
+    marker = uuid.uuid4().hex
+    async with substrate.open(SPEC) as box:
+        running = asyncio.create_task(box.exec(f"setsid sh -c 'sleep 99; : {marker}' & sleep 99; : {marker}"))
+        await asyncio.sleep(0.5)
+        expect(_seen_from_host(marker), "the marker cannot be seen, so this check proves nothing")
+    deadline = time.monotonic() + 5
+    while _seen_from_host(marker):
+        expect(time.monotonic() < deadline, "a process outlived its box")
+        await asyncio.sleep(0.05)
+    await raises(SandboxLost, running, "the command that was running")
+
+
+async def files_are_in_place(substrate: Substrate) -> None:
+    """``spec.files`` are there first; two boxes share nothing; the substrate pickles."""
+    copy = pickle.loads(pickle.dumps(substrate))
+    expect(copy == substrate, copy)
+    spec = SandboxSpec(files={"src/a.py": b"print(1)"})
+    async with copy.open(spec) as first, copy.open(SandboxSpec()) as second:
+        expect((await first.exec(["python3", "src/a.py"])).stdout == b"1\n", "files")
+        expect(await second.list() == [], "a second box sees the first one's files")
+
+
+WHOLE: tuple[Callable[[Substrate], Coroutine[Any, Any, None]], ...] = (nothing_survives_close, files_are_in_place)
+
+
+def _seen_from_host(marker: str) -> bool:
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+async def run(substrate: Substrate) -> dict[str, str]:
+    """Every check by name, with what went wrong; an empty text is a pass."""
+    attempts = {check.__name__: check_box(substrate, check) for check in CHECKS}
+    attempts |= {check.__name__: check(substrate) for check in WHOLE}
+    outcome = {}
+    for name, attempt in attempts.items():
+        try:
+            await attempt
+            outcome[name] = ""
+        except (AssertionError, OSError, ValueError, SandboxError) as error:
+            outcome[name] = repr(error)[:600]
+    await close_pools()
+    return outcome
+
+
+def main() -> int:
+    """Print a table; the exit code says whether all passed."""
+    kinds: dict[str, Substrate] = {"process": Process(), "container": Container()}
+    if len(sys.argv) != 2 or sys.argv[1] not in kinds:
+        sys.stderr.write(f"usage: python -m sandbox.conformance {'|'.join(kinds)}\n")
+        return 2
+    substrate = kinds[sys.argv[1]]
+    substrate.check()
+    outcome = asyncio.run(run(substrate))
+    for name, problem in outcome.items():
+        sys.stdout.write(f"{'FAIL' if problem else 'pass'}  {name:34} {problem}\n")
+    return int(any(outcome.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The teachers of a recipe's merge: loaded on demand one after another, checked before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.protocols import StateStore, Teacher
+from posttrain.types import IntArray, Sample
+from teachers.cache import MemoryStore
+from teachers.checks import check_teachers
+from teachers.pool import TeacherPool
+from teachers.sources import HFTeacher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapOnDemand:
+    """Keeps teachers on disk and loads each when its samples come up.
+
+    What fits into ``memory_mb`` (MiB) after use stays for the next step; the teacher in use is always allowed.
+    """
+
+    memory_mb: int = 4096
+    device: str = "cpu"
+
+    def from_checkpoint(self, path: str) -> Teacher:
+        return HFTeacher(path)
+
+    @contextlib.contextmanager
+    def open(
+        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+    ) -> Iterator[PooledTeachers]:
+        """See ``posttrain.protocols.TeacherLibrary.open``."""
+        check_teachers(
+            teachers,
+            student=HFTeacher(student_path),
+            probes=probes,
+            memory_mb=self.memory_mb,
+            device=self.device,
+        )
+        with TeacherPool(teachers, memory_mb=self.memory_mb, device=self.device) as pool:
+            yield PooledTeachers(pool, MemoryStore())
+
+
+class PooledTeachers:
+    """A pool and the store its states go to."""
+
+    def __init__(self, pool: TeacherPool, store: StateStore) -> None:
+        self._pool, self.store = pool, store
+        self._reported = pool.stats
+
+    def cache_states(self, samples: Sequence[Sample]) -> None:
+        self._pool.cache_states(samples, self.store)
+
+    def head(self, name: str) -> torch.Tensor:
+        return self._pool.head(name)
+
+    def costs(self) -> Mapping[str, float]:
+        now = self._pool.stats
+        spent, self._reported = now.since(self._reported), now
+        return {f"teacher/{name}": float(value) for name, value in dataclasses.asdict(spent).items()}

@@ -1,0 +1,247 @@
+"""Many teachers, few in memory: each is loaded on demand, run over all its samples, and let go.
+
+What stays behind of a teacher is the hidden states of its samples' loss positions (in a ``StateStore``) and its
+output head (in host memory, keyed by content, so that LoRA specialists of one base share a single one). The learner
+then rebuilds full logits as head @ state, one head on the device at a time.
+
+States are kept in bfloat16, which rounds each element by at most 1 part in 512. For logits that spread by s nats
+around their mean this adds about 1e-6 s^2 nats to the KL of a float32 teacher: far below what a student is away
+from it, and for a bfloat16 teacher nothing at all. ``teachers.checks`` measures it at start-up.
+
+One thread uses a pool; the pool's own background thread does nothing but load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+
+from posttrain.protocols import StateStore, Teacher, TeacherModel
+from posttrain.types import Sample
+from teachers.batching import length_batches
+
+MAX_BATCH_TOKENS = 16384
+"""Tokens whose full hidden states are alive at once, before the loss positions are picked."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A loaded teacher that knows its size may stay resident; others are closed after use."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolStats:
+    """What a pool has done."""
+
+    teacher_loads: int = 0
+    head_loads: int = 0
+    """Times the head on the device was replaced by another."""
+    load_wait_s: float = 0.0
+    """Seconds the caller stood still while a teacher was loading."""
+    bytes_cached: int = 0
+    tokens: int = 0
+    """Tokens that went through teachers, padding excluded."""
+
+    def since(self, earlier: PoolStats) -> PoolStats:
+        """The difference to an earlier reading."""
+        return PoolStats(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+
+    def copy(self) -> PoolStats:
+        return self.since(PoolStats())
+
+
+class TeacherPool:
+    """Runs teachers by name within a memory budget.
+
+    ``memory_mb`` (MiB) bounds the teachers and heads that stay after use; the teacher in use is always allowed, and
+    the next one is loaded in the background only while both fit. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher], *, memory_mb: int, device: str = "cpu") -> None:
+        self._teachers = dict(teachers)
+        self._capacity = memory_mb * 2**20
+        self._device = device
+        self._resident: OrderedDict[str, TeacherModel] = OrderedDict()  # least recently used first
+        self._loading: dict[str, Future[TeacherModel]] = {}
+        self._sizes: dict[str, int] = {}
+        self._head_keys: dict[str, str] = {}
+        self._heads: OrderedDict[str, torch.Tensor] = OrderedDict()  # in host memory; least recently used first
+        self._device_head: tuple[str, torch.Tensor] | None = None
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-load")
+        self._stats = PoolStats()
+
+    @property
+    def stats(self) -> PoolStats:
+        """Totals since the pool was made."""
+        return self._stats.copy()
+
+    def cache_states(self, samples: Sequence[Sample], store: StateStore) -> PoolStats:
+        """Put the hidden states that predict each sample's loss tokens into ``store``, under the sample's id.
+
+        Row i of a sample's [num_loss_tokens, E] bfloat16 tensor predicts its i-th loss token. Samples are grouped by
+        teacher, so that every teacher is loaded at most once. Returns what this call did. ``ValueError`` when a
+        sample names no teacher of this pool.
+        """
+        before = self.stats
+        names = self._visiting_order(samples)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            model = self._model(name)
+            if following is not None:
+                self._load_ahead(following, beside=name)
+            self._run(model, [sample for sample in samples if sample.teacher == name], store)
+            self._settle(name)
+        return self.stats.since(before)
+
+    def head(self, name: str) -> torch.Tensor:
+        """The output head of a teacher, [V, E], on the pool's device.
+
+        The head given before leaves the device, unless it is the same by content: drop it before asking for
+        the next one. Visit samples in teacher order and each head is moved once. ``KeyError`` for unknown names.
+        """
+        key = self._head_keys.get(self._known(name))
+        if self._device_head is not None and self._device_head[0] == key:
+            return self._device_head[1]
+        if key is None or key not in self._heads:
+            self._model(name)
+            self._settle(name)
+            key = self._head_keys[name]
+        if self._device_head is None or self._device_head[0] != key:
+            self._device_head = None  # Freed before the next one arrives: one head at a time.
+            self._heads.move_to_end(key)
+            self._device_head = (key, self._heads[key].to(self._device))
+            self._stats.head_loads += 1
+        return self._device_head[1]
+
+    def prefetch_head(self, name: str) -> None:
+        """Start loading in the background what ``head(name)`` will need, if it is not in host memory."""
+        key = self._head_keys.get(self._known(name))
+        if key is None or key not in self._heads:
+            self._load_ahead(name, beside=None)
+
+    def close(self) -> None:
+        """Free all teachers and heads. Loads under way are awaited, then closed."""
+        for future in self._loading.values():
+            if not future.cancel() and future.exception() is None:
+                future.result().close()
+        self._loading.clear()
+        self._loader.shutdown()
+        while self._resident:
+            self._resident.popitem()[1].close()
+        self._heads.clear()
+        self._device_head = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _visiting_order(self, samples: Sequence[Sample]) -> list[str]:
+        """Names of the teachers needed, those already in memory first."""
+        for sample in samples:
+            if sample.teacher not in self._teachers:
+                raise ValueError(
+                    f"Sample {sample.id!r}: teacher = {sample.teacher!r}; expected one of {sorted(self._teachers)}"
+                )
+        needed = {str(sample.teacher) for sample in samples}
+        return sorted(needed, key=lambda name: (name not in self._resident, name))
+
+    def _known(self, name: str) -> str:
+        if name not in self._teachers:
+            raise KeyError(f"no teacher {name!r} in this pool; it has {sorted(self._teachers)}")
+        return name
+
+    def _run(self, model: TeacherModel, samples: Sequence[Sample], store: StateStore) -> None:
+        for batch in length_batches([len(sample) for sample in samples], max_tokens=MAX_BATCH_TOKENS):
+            states = model.hidden_states([samples[index].token_ids for index in batch])
+            for index, states_TE in zip(batch, states, strict=True):
+                sample = samples[index]
+                predicting = torch.from_numpy(np.flatnonzero(sample.loss_mask) - 1)
+                kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
+                store.put(sample.id, kept_LE)
+                self._stats.bytes_cached += kept_LE.nbytes
+                self._stats.tokens += len(sample)
+
+    def _model(self, name: str) -> TeacherModel:
+        """The loaded teacher, most recently used; its head is in host memory afterwards."""
+        if name not in self._resident:
+            started = time.monotonic()
+            future = self._start_loading(name)
+            del self._loading[name]  # Before the result: a load that failed is tried again next time.
+            model = future.result()
+            self._stats.load_wait_s += time.monotonic() - started
+            self._stats.teacher_loads += 1
+            self._resident[name] = model
+            self._sizes[name] = model.num_bytes if isinstance(model, Sized) else self._capacity
+        self._resident.move_to_end(name)
+        self._keep_head(name, self._resident[name].head)
+        return self._resident[name]
+
+    def _start_loading(self, name: str) -> Future[TeacherModel]:
+        if name not in self._loading:
+            self._loading[name] = self._loader.submit(self._teachers[name].load, self._device)
+        return self._loading[name]
+
+    def _load_ahead(self, name: str, *, beside: str | None) -> None:
+        """Begin to load a teacher if it fits beside what must stay; a size not known yet is taken as the largest."""
+        if name in self._resident or name in self._loading:
+            return
+        largest = max(self._sizes.values(), default=0)
+        expected = self._sizes.get(name, largest)
+        pinned = self._sizes[beside] if beside is not None else 0
+        if pinned + expected <= self._capacity:
+            self._shrink(self._capacity - expected, keep_teacher=beside)
+            self._start_loading(name)
+
+    def _keep_head(self, name: str, head: torch.Tensor) -> None:
+        if name not in self._head_keys:
+            self._head_keys[name] = content_hash(head)
+        key = self._head_keys[name]
+        if key not in self._heads:
+            self._heads[key] = head.detach().cpu()
+        self._heads.move_to_end(key)
+
+    def _settle(self, name: str) -> None:
+        """Let go of what does not fit, after a teacher was used."""
+        if not isinstance(self._resident[name], Sized):
+            self._resident.pop(name).close()
+        self._shrink(self._capacity, keep_head=self._head_keys[name])
+
+    def _used(self) -> int:
+        """Bytes held: teachers, and heads that no resident teacher holds anyway."""
+        shared = {self._head_keys[name] for name in self._resident}
+        heads = sum(head.nbytes for key, head in self._heads.items() if key not in shared or self._device != "cpu")
+        return heads + sum(self._sizes[name] for name in self._resident)
+
+    def _shrink(self, capacity: int, *, keep_teacher: str | None = None, keep_head: str | None = None) -> None:
+        """Close teachers, then drop heads, longest unused first, until what is held fits into ``capacity`` bytes."""
+        for name in [name for name in self._resident if name != keep_teacher]:
+            if self._used() <= capacity:
+                return
+            self._resident.pop(name).close()
+        held = self._head_keys.get(keep_teacher) if keep_teacher else None
+        for key in [key for key in self._heads if key not in (keep_head, held)]:
+            if self._used() <= capacity:
+                return
+            del self._heads[key]
+
+
+def content_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

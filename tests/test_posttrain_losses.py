@@ -1,0 +1,405 @@
+"""Every loss against TRL's own trainer, in value and in the gradient of every parameter; the head against float64."""
+
+import dataclasses
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+
+from posttrain.config import GRPO
+from posttrain.learner.logprobs import token_logprobs
+from posttrain.learner.losses import Normaliser, PolicyTokens, grpo_loss
+
+PAD, VOCAB, BUDGET = 0, 31, 9
+PROMPT_LENGTHS, COMPLETION_LENGTHS = (3, 1, 4, 2, 3, 2, 2), (5, 9, 1, 7, 3, 4, 6)
+ROWS = len(PROMPT_LENGTHS)
+MASKED = 5
+
+
+def tiny_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        eos_token_id=1,
+        initializer_range=0.3,  # far from uniform, so that log-probabilities differ between tokens
+    )
+    return LlamaForCausalLM(config).train()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> GRPOTrainer:
+    vocabulary = {"<pad>": PAD, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<pad>")), pad_token="<pad>", eos_token="<eos>"
+    )
+    args = GRPOConfig(
+        output_dir=str(tmp_path_factory.mktemp("trl")),
+        per_device_train_batch_size=ROWS,
+        num_generations=ROWS,
+        max_completion_length=BUDGET,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+    )
+    trainer = GRPOTrainer(
+        model=tiny_model(0),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["w2 w3"] * ROWS}),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[SimpleNamespace]:
+    """Ragged rows of a behaviour policy a bit off, and a lot off in the first (good) and the last (bad) row.
+
+    One row is masked throughout.
+    """
+    generator = torch.Generator().manual_seed(7)
+    advantages = (1.3, -0.7, 0.4, -1.1, 0.0, 0.8, -0.9)
+    made = []
+    for index, (prompt, completion) in enumerate(zip(PROMPT_LENGTHS, COMPLETION_LENGTHS, strict=True)):
+        mask = torch.ones(completion)
+        off_policy = index in (0, ROWS - 1)
+        mask[completion // 2 :: 4] = float(completion < 4)  # a tool token in the middle of the longer rows
+        mask *= float(index != MASKED)
+        made.append(
+            SimpleNamespace(
+                prompt=torch.randint(2, VOCAB, (prompt,), generator=generator),
+                completion=torch.randint(2, VOCAB, (completion,), generator=generator),
+                mask=mask,
+                noise=torch.randn(completion, generator=generator) * (2.0 if off_policy else 0.3) + off_policy,
+                ref_noise=torch.randn(completion, generator=generator) * 0.5,
+                advantage=advantages[index],
+            )
+        )
+    model = tiny_model(0)
+    for row in made:
+        with torch.no_grad():
+            logprobs, _ = score(model, row)
+        row.behaviour, row.ref = logprobs + row.noise, logprobs + row.ref_noise
+    return made
+
+
+def score(model: LlamaForCausalLM, row: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of one row's completion, alone and without padding."""
+    ids = torch.cat([row.prompt, row.completion])
+    hidden = model.model(input_ids=ids[None]).last_hidden_state[0]
+    return token_logprobs(hidden[len(row.prompt) - 1 : -1], model.lm_head.weight, row.completion, chunk_tokens=4)
+
+
+def padded(tensors: list[torch.Tensor], width: int, *, left: bool = False) -> torch.Tensor:
+    pads = [tensor.new_full((width - len(tensor),), PAD) for tensor in tensors]
+    pairs = zip(pads, tensors, strict=True)
+    return torch.stack([torch.cat([pad, tensor] if left else [tensor, pad]) for pad, tensor in pairs])
+
+
+def trl_loss(trainer: GRPOTrainer, rows: list[SimpleNamespace], config: GRPO) -> tuple[torch.Tensor, dict]:
+    """Loss and gradients of the real ``GRPOTrainer._compute_loss`` on padded rows."""
+    trainer.loss_type, trainer.importance_sampling_level = config.loss_type, config.importance_sampling_level
+    trainer.beta, trainer.off_policy_mask_threshold = config.beta, config.off_policy_mask_threshold
+    trainer.epsilon_low = config.epsilon
+    trainer.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    trainer.args.delta, trainer.args.use_bias_correction_kl = config.delta, config.use_bias_correction_kl
+    trainer.args.sapo_temperature_pos = config.sapo_temperature_pos
+    trainer.args.sapo_temperature_neg = config.sapo_temperature_neg
+    trainer.entropy_coef, trainer._entropy_bonus_enabled = config.entropy_coef, config.entropy_coef != 0.0
+    prompt, completion = max(PROMPT_LENGTHS), max(COMPLETION_LENGTHS)
+    inputs = {
+        "prompt_ids": padded([row.prompt for row in rows], prompt, left=True),
+        "prompt_mask": padded([torch.ones(len(row.prompt)).long() for row in rows], prompt, left=True),
+        "completion_ids": padded([row.completion for row in rows], completion),
+        "completion_mask": padded([torch.ones(len(row.completion)).long() for row in rows], completion),
+        "tool_mask": padded([row.mask for row in rows], completion),
+        "old_per_token_logps": padded([row.behaviour for row in rows], completion),
+        "ref_per_token_logps": padded([row.ref for row in rows], completion),
+        "advantages": torch.tensor([row.advantage for row in rows]),
+        "num_items_in_batch": torch.stack([row.mask.sum() for row in rows]).sum(),
+    }
+    trainer.model.load_state_dict(tiny_model(0).state_dict())
+    trainer.model.train().zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
+def flat_tokens(model: LlamaForCausalLM, rows: list[SimpleNamespace]) -> PolicyTokens:
+    """The loss tokens of the rows, one after another."""
+    keep = torch.cat([row.mask for row in rows]).bool()
+    scored = [score(model, row) for row in rows]
+    lengths = torch.tensor([len(row.completion) for row in rows])
+    return PolicyTokens(
+        logprobs=torch.cat([logprobs for logprobs, _ in scored])[keep],
+        entropies=torch.cat([entropies for _, entropies in scored])[keep],
+        behaviour_logprobs=torch.cat([row.behaviour for row in rows])[keep],
+        ref_logprobs=torch.cat([row.ref for row in rows])[keep],
+        advantages=torch.tensor([row.advantage for row in rows]).repeat_interleave(lengths)[keep],
+        segment=torch.arange(len(rows)).repeat_interleave(lengths)[keep],
+        num_segments=len(rows),
+    )
+
+
+def our_loss(micro_batches: list[list[SimpleNamespace]], config: GRPO) -> tuple[torch.Tensor, dict, list]:
+    """Loss and gradients summed over micro-batches of packed rows."""
+    rows = [row for batch in micro_batches for row in batch]
+    normaliser = Normaliser(
+        num_rows=len(rows), num_tokens=int(sum(row.mask.sum() for row in rows)), max_completion_tokens=BUDGET
+    )
+    model, total, metrics = tiny_model(0), torch.zeros(()), []
+    for batch in micro_batches:
+        loss, measured = grpo_loss(flat_tokens(model, batch), config, normaliser=normaliser)
+        loss.backward()
+        total += loss.detach()
+        metrics.append(measured)
+    return total, {name: parameter.grad for name, parameter in model.named_parameters()}, metrics
+
+
+def relative_error(found: dict, expected: dict) -> float:
+    """Largest error of a parameter's gradient, relative to the norm of the whole gradient."""
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    return float(max((found[name] - expected[name]).norm() for name in expected) / norm)
+
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
+VARIANTS = {
+    "plain": {},
+    "sequence": {"importance_sampling_level": "sequence"},
+    "clip_higher": {"epsilon": 0.1, "epsilon_high": 0.28},
+    "delta": {"delta": 1.5},
+    "kl": {"beta": 0.1, "use_bias_correction_kl": False},
+    "kl_unbiased": {"beta": 0.1, "use_bias_correction_kl": True},
+    "kl_unbiased_sequence": {"beta": 0.1, "importance_sampling_level": "sequence"},
+    "off_policy_mask": {"off_policy_mask_threshold": 0.5},
+    "entropy": {"entropy_coef": 0.05},
+    "v32": {"beta": 0.1, "off_policy_mask_threshold": 0.5, "delta": 2.0, "entropy_coef": 0.01},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_equals_trl_in_loss_and_gradient(trainer, rows, loss_type, variant):
+    fields = {**({"epsilon_high": 1.2} if loss_type == "cispo" else {}), **VARIANTS[variant]}
+    config = GRPO(loss_type=loss_type, **fields)
+    expected, expected_gradient = trl_loss(trainer, rows, config)
+    found, gradient, _ = our_loss([rows], config)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert relative_error(gradient, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["importance_sampling_level", "delta", "off_policy_mask_threshold", "beta"])
+def test_every_variant_changes_the_gradient(rows, variant):
+    """Guards the parity above: a variant that did nothing on this batch would be compared with itself."""
+    changed = {"importance_sampling_level": "sequence", "delta": 1.5, "off_policy_mask_threshold": 0.5, "beta": 0.1}
+    _, plain, _ = our_loss([rows], GRPO())
+    _, gradient, _ = our_loss([rows], GRPO(**{variant: changed[variant]}))
+    assert relative_error(gradient, plain) > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_packing_does_not_change_the_step(rows, loss_type):
+    config = GRPO(loss_type=loss_type, beta=0.1, off_policy_mask_threshold=0.5, entropy_coef=0.01)
+    whole, whole_gradient, whole_metrics = our_loss([rows], config)
+    for micro_batches in (
+        [[row] for row in rows],
+        [[rows[3], rows[0]], [rows[5]], [rows[6]], [rows[1], rows[4], rows[2]]],
+    ):
+        packed, gradient, metrics = our_loss(micro_batches, config)
+        assert float(packed) == pytest.approx(float(whole), rel=1e-5)
+        assert relative_error(gradient, whole_gradient) < 1e-5
+        for name, (numerator, denominator) in whole_metrics[0].items():
+            parts = [measured[name] for measured in metrics]
+            assert float(sum(part[0] for part in parts)) == pytest.approx(float(numerator), rel=1e-4, abs=1e-6)
+            assert float(sum(part[1] for part in parts)) == float(denominator)
+
+
+def flat(logprobs: list[float], behaviour: list[float], advantages: list[float], **fields) -> PolicyTokens:
+    return PolicyTokens(
+        logprobs=torch.tensor(logprobs, requires_grad=True),
+        behaviour_logprobs=torch.tensor(behaviour),
+        advantages=torch.tensor(advantages),
+        segment=torch.arange(len(logprobs)),
+        num_segments=len(logprobs),
+        **fields,
+    )
+
+
+ONE_EACH = Normaliser(num_rows=4, num_tokens=4, max_completion_tokens=1)
+
+
+def test_metrics_count_what_they_name():
+    tokens = flat([-1.0, -1.0, -1.0, -1.0], [-2.0, -0.5, -1.0, -0.1], [1.0, -1.0, 1.0, 1.0], entropies=torch.ones(4))
+    _, metrics = grpo_loss(tokens, GRPO(off_policy_mask_threshold=-0.6), normaliser=ONE_EACH)
+    shares = {name: float(numerator / denominator) for name, (numerator, denominator) in metrics.items()}
+    ratio = (tokens.logprobs - tokens.behaviour_logprobs).detach().exp()
+    assert shares["clip_fraction_high"] == 0.25  # the first token: ratio e, positive advantage
+    assert shares["clip_fraction_low"] == 0.25  # the second: ratio 0.61, negative advantage
+    assert shares["off_policy_masked"] == 0.25  # the second: the only negative one
+    assert shares["entropy"] == 1.0
+    assert shares["ratio"] == pytest.approx(float(ratio.mean()))
+    assert shares["kl_behaviour"] == pytest.approx(float((ratio - ratio.log() - 1).mean()))
+
+
+def test_unbiased_kl_gradient_on_policy_is_the_log_ratio():
+    """At theta = theta_behaviour the corrected K3 has gradient log(pi / ref), the plain one 1 - ref / pi."""
+    logprobs, ref = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -0.2, -0.5])
+    for corrected, expected in ((True, logprobs - ref), (False, 1 - (ref - logprobs).exp())):
+        tokens = flat(logprobs.tolist(), logprobs.tolist(), [0.0] * 3, ref_logprobs=ref)
+        config = GRPO(beta=1.0, use_bias_correction_kl=corrected)
+        normaliser = Normaliser(num_rows=3, num_tokens=1, max_completion_tokens=1)
+        loss, _ = grpo_loss(tokens, config, normaliser=normaliser)
+        loss.backward()
+        torch.testing.assert_close(tokens.logprobs.grad, expected)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_tokens_give_zero(loss_type, level):
+    empty = dataclasses.replace(
+        flat([], [], [], ref_logprobs=torch.zeros(0), entropies=torch.zeros(0)),
+        segment=torch.zeros(0, dtype=torch.int64),
+        num_segments=2,
+    )
+    config = GRPO(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=0.1,
+        entropy_coef=0.1,
+        off_policy_mask_threshold=0.1,
+    )
+    loss, _ = grpo_loss(empty, config, normaliser=Normaliser(num_rows=0, num_tokens=0, max_completion_tokens=0))
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_missing_inputs_are_named():
+    tokens = flat([-1.0], [-1.0], [1.0])
+    with pytest.raises(ValueError, match="ref_logprobs"):
+        grpo_loss(tokens, GRPO(beta=0.1), normaliser=ONE_EACH)
+    with pytest.raises(ValueError, match="entropies"):
+        grpo_loss(tokens, GRPO(entropy_coef=0.1), normaliser=ONE_EACH)
+    with pytest.raises(ValueError, match="advantages has shape"):
+        dataclasses.replace(tokens, advantages=torch.zeros(2))
+
+
+def head_problem(num_tokens: int = 11, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(num_tokens, 8, generator=generator).to(dtype).requires_grad_()
+    head = torch.randn(23, 8, generator=generator).to(dtype).requires_grad_()
+    return hidden, head, torch.randint(0, 23, (num_tokens,), generator=generator)
+
+
+def reference_logprobs(hidden, head, targets, temperature):
+    logp = torch.log_softmax(hidden.double() @ head.double().T / temperature, -1)
+    return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 11, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_chunked_logprobs_equal_float64(chunk_tokens, temperature):
+    weights = torch.linspace(-1, 2, 11), torch.linspace(0.5, -0.3, 11)
+    gradients = []
+    for function in (
+        lambda *args: token_logprobs(*args, temperature=temperature, chunk_tokens=chunk_tokens),
+        lambda *args: reference_logprobs(*args, temperature),
+    ):
+        hidden, head, targets = head_problem()
+        logprobs, entropy = function(hidden, head, targets)
+        ((logprobs * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+        gradients.append((logprobs.float(), entropy.float(), hidden.grad, head.grad))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_chunked_logprobs_pass_gradcheck():
+    hidden, head, targets = head_problem(5, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logprobs(h, w, targets, temperature=0.7, chunk_tokens=2), (hidden, head)
+    )
+
+
+def test_bfloat16_head_gradient_is_summed_in_float32():
+    """600 equal small terms after a large one: summed in bfloat16 they would be lost."""
+    hidden, head = torch.full((601, 8), 2.0**-9, dtype=torch.bfloat16), torch.zeros(23, 8, requires_grad=True)
+    hidden[0] = 2.0
+    targets = torch.zeros(601, dtype=torch.int64)
+    logprobs, entropy = token_logprobs(hidden, head, targets, chunk_tokens=1, want_entropy=False)
+    logprobs.sum().backward()
+    expected = hidden.double().sum(0) * (1 - 1 / 23)
+    assert entropy is None
+    assert head.grad.dtype == torch.float32
+    torch.testing.assert_close(head.grad[0].double(), expected, rtol=5e-3, atol=0)
+    assert float((head.grad[0] - 2 * (1 - 1 / 23)).min()) > 0.5
+
+
+def test_autocast_decides_the_type_of_the_product():
+    hidden, head, targets = head_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, _ = token_logprobs(hidden, head, targets)
+    rounded, _ = token_logprobs(hidden.bfloat16(), head.bfloat16(), targets)
+    assert logprobs.dtype == torch.float32
+    assert torch.equal(logprobs, rounded)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists():
+    tokens, vocabulary, width, chunk = 256, 500, 4, 16
+    hidden, head = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    saved: list[int] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
+    with LargestTensor() as seen, hooks:
+        logprobs, entropy = token_logprobs(hidden, head, torch.zeros(tokens, dtype=torch.int64), chunk_tokens=chunk)
+        (logprobs + entropy).sum().backward()
+    assert seen.numel == chunk * vocabulary
+    assert max(saved) == head.numel()
+
+
+def test_frozen_head_and_no_tokens():
+    hidden, head, targets = head_problem()
+    token_logprobs(hidden, head.detach(), targets)[0].sum().backward()
+    assert hidden.grad is not None
+    hidden, head, targets = head_problem(0)
+    logprobs, entropy = token_logprobs(hidden, head, targets)
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logprobs.shape == (0,)
+    assert float(head.grad.abs().sum()) == 0.0
+
+
+def test_bad_head_arguments_are_refused():
+    hidden, head, targets = head_problem()
+    with pytest.raises(ValueError, match="expected \\[N, D\\]"):
+        token_logprobs(hidden, head, targets[:-1])
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprobs(hidden, head, targets, temperature=0.0)

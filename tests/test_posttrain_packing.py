@@ -1,0 +1,138 @@
+"""Packing and packed attention: nothing is padded, nothing is lost, and segments do not see each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from posttrain.errors import RecipeError
+from posttrain.learner.attention import packed_attention, use_packed_attention
+from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
+from posttrain.types import Sample
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def sample(name: str, length: int, *, teacher: str | None = None, seed: int = 0) -> Sample:
+    rng = np.random.default_rng([seed, length])
+    mask = rng.random(length) < 0.6
+    mask[0] = False
+    return Sample(
+        id=name,
+        task_id=name,
+        domain="math",
+        token_ids=rng.integers(0, 50, length).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, -rng.random(length), np.nan).astype(np.float32),
+        versions=np.zeros(length, np.int32),
+        advantage=float(length),
+        teacher=teacher,
+    )
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if kind == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    budget=st.integers(1, 64),
+    teachers=st.lists(st.sampled_from([None, "a", "b"]), min_size=30, max_size=30),
+)
+def test_plan_keeps_every_sample_once_within_the_budget(
+    lengths: list[int], budget: int, teachers: list[str | None]
+) -> None:
+    samples = [sample(f"s{i}", n, teacher=teachers[i]) for i, n in enumerate(lengths)]
+    plan = plan_micro_batches(samples, budget)
+    assert sorted(s.id for members in plan for s in members) == sorted(s.id for s in samples)
+    for members in plan:
+        assert sum(map(len, members)) <= budget or len(members) == 1
+        assert len({s.teacher for s in members}) == 1
+    names = [members[0].teacher or "" for members in plan]
+    assert names == sorted(names)
+    assert plan == plan_micro_batches(samples[::-1], budget)
+    # First-fit leaves at most one micro-batch per teacher half empty.
+    half_empty = [members for members in plan if sum(map(len, members)) * 2 <= budget]
+    assert len(half_empty) <= len(set(names))
+
+
+def test_collate_points_each_loss_token_at_its_predecessor() -> None:
+    samples = [sample("a", 9), sample("b", 5), sample("c", 5, seed=1)]
+    batch = PackedBatch.collate(samples)
+    assert batch.cu_seqlens.tolist() == [0, 9, 14, 19]
+    assert batch.position_ids.tolist() == [*range(9), *range(5), *range(5)]
+    assert batch.segment_lengths == (9, 5, 5)
+    expected = [
+        (start + t - 1, int(s.token_ids[t]), float(s.logprobs[t]), index)
+        for index, (s, start) in enumerate(zip(samples, (0, 9, 14), strict=True))
+        for t in range(len(s))
+        if s.loss_mask[t]
+    ]
+    found = zip(
+        batch.loss_positions.tolist(),
+        batch.targets.tolist(),
+        batch.behaviour_logprobs.tolist(),
+        batch.segment_ids.tolist(),
+        strict=True,
+    )
+    assert list(found) == expected
+    assert batch.advantages.tolist() == [9.0, 5.0, 5.0]
+    assert Totals.of(samples) == Totals(num_samples=3, num_loss_tokens=len(expected))
+    assert fill([samples], 38) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_packed_states_and_gradients_equal_those_of_each_sample_alone(kind: str) -> None:
+    samples = [sample("a", 17), sample("b", 9), sample("c", 9, seed=1), sample("d", 1), sample("e", 30)]
+    alone, packed = tiny_model(kind), tiny_model(kind)
+    use_packed_attention(packed)
+    batch = PackedBatch.collate(samples)
+    direction = torch.randn(len(batch.token_ids), 32, generator=torch.Generator().manual_seed(1))
+
+    states = [alone.get_decoder()(torch.tensor(s.token_ids[None])).last_hidden_state[0] for s in samples]
+    row = packed.get_decoder()(
+        input_ids=batch.token_ids[None],
+        position_ids=batch.position_ids[None],
+        segment_lengths=batch.segment_lengths,
+        use_cache=False,
+    ).last_hidden_state[0]
+    torch.testing.assert_close(row, torch.cat(states), atol=1e-5, rtol=1e-5)
+
+    (torch.cat(states) * direction).sum().backward()
+    (row * direction).sum().backward()
+    for (name, expected), found in zip(
+        alone.get_decoder().named_parameters(), packed.get_decoder().parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_packed_attention_refuses_what_it_does_not_compute() -> None:
+    module, row = torch.nn.Identity(), torch.randn(1, 2, 6, 4)
+    for arguments, error, message in (
+        ({"segment_lengths": (2, 3)}, ValueError, "add up"),
+        ({"segment_lengths": (2, 4), "softcap": 30.0}, RecipeError, "softcap"),
+        ({"segment_lengths": (2, 4), "sliding_window": 3}, RecipeError, "window is 3 tokens and a sample has 4"),
+    ):
+        with pytest.raises(error, match=message):
+            packed_attention(module, row, row, row, None, **arguments)
+    with pytest.raises(ValueError, match="2 rows"):
+        packed_attention(module, row.repeat(2, 1, 1, 1), row, row, None)
+    output, _ = packed_attention(module, row, row, row, None, segment_lengths=(2, 4), sliding_window=4)
+    assert output.shape == (1, 6, 2, 4)

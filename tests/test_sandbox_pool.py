@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from posttrain.errors import SandboxUnavailable
+from posttrain.types import SandboxSpec
+from sandbox import dockerd
+from sandbox.container import Container, close_pools
+
+
+@pytest.mark.docker
+def test_pooled_boxes_are_fresh_distinct_and_replaced_when_dead() -> None:
+    substrate = Container(warm=2)
+    try:
+        if os.geteuid() == 0:
+            dockerd.start()
+        substrate.check()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+
+    async def use(name: str) -> None:
+        async with substrate.open(SandboxSpec(files={name: b"x"})) as box:
+            assert await box.list() == [name]
+            await box.exec("touch left-behind")
+
+    async def play() -> None:
+        await asyncio.gather(*(use(f"f{i}") for i in range(4)))
+        await use("again")
+        await close_pools()
+
+    asyncio.run(play())

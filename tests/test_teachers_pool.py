@@ -1,0 +1,210 @@
+"""The pool: each teacher loaded once, only loss positions kept, heads shared by content, memory bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from posttrain.types import IntArray, Sample
+from teachers.batching import length_batches
+from teachers.cache import MemoryStore
+from teachers.pool import TeacherPool
+
+MIB = 2**20
+VOCAB = 11
+
+
+@dataclass
+class FakeModel:
+    """A "language model" whose state is a running sum of embeddings."""
+
+    embedding: torch.Tensor
+    head: torch.Tensor
+    num_bytes: int
+    events: list[str]
+    name: str
+
+    def hidden_states(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
+        self.events.append(f"run {self.name}")
+        return [self.embedding[torch.as_tensor(ids, dtype=torch.long)].cumsum(0) for ids in sequences]
+
+    def close(self) -> None:
+        self.events.append(f"close {self.name}")
+
+
+@dataclass(frozen=True)
+class FakeTeacher:
+    name: str
+    events: list[str] = field(compare=False)
+    width: int = 4
+    head_seed: int = 0
+    num_bytes: int = MIB
+    started: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.name
+
+    def load(self, device: str) -> FakeModel:
+        self.started.set()
+        self.events.append(f"load {self.name}")
+        generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
+        head = torch.randn(VOCAB, self.width, generator=torch.Generator().manual_seed(self.head_seed))
+        embedding = torch.randn(VOCAB, self.width, generator=generator)
+        return FakeModel(embedding, head, self.num_bytes, self.events, self.name)
+
+
+def sample(index: int, teacher: str | None, length: int = 6, loss: Sequence[int] = (2, 3, 5)) -> Sample:
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[list(loss)] = True
+    return Sample(
+        id=f"s{index}",
+        task_id="t",
+        domain="d",
+        token_ids=((np.arange(length) * (index + 1)) % VOCAB).astype(np.int32),
+        loss_mask=mask,
+        logprobs=np.zeros(length, dtype=np.float32),
+        versions=np.zeros(length, dtype=np.int32),
+        teacher=teacher,
+    )
+
+
+def loads(events: Sequence[str]) -> list[str]:
+    return [event for event in events if event.startswith("load")]
+
+
+def test_states_are_those_that_predict_the_loss_tokens() -> None:
+    teacher = FakeTeacher("math", [])
+    store, one = MemoryStore(), sample(3, "math")
+    with TeacherPool({"math": teacher}, memory_mb=64) as pool:
+        stats = pool.cache_states([one], store)
+    full = teacher.load("cpu").hidden_states([one.token_ids])[0]
+    assert torch.equal(store.get("s3"), torch.stack([full[1], full[2], full[4]]).bfloat16())
+    assert (stats.tokens, stats.bytes_cached, stats.teacher_loads) == (6, 3 * 4 * 2, 1)
+
+
+def test_samples_without_loss_tokens_get_empty_states() -> None:
+    store = MemoryStore()
+    with TeacherPool({"math": FakeTeacher("math", [])}, memory_mb=64) as pool:
+        pool.cache_states([sample(0, "math", loss=())], store)
+    assert store.get("s0").shape == (0, 4)
+
+
+def test_each_teacher_is_loaded_once_per_pass_however_samples_are_mixed() -> None:
+    events: list[str] = []
+    teachers = {name: FakeTeacher(name, events, num_bytes=2 * MIB) for name in "abc"}
+    store = MemoryStore()
+    with TeacherPool(teachers, memory_mb=1) as pool:
+        stats = pool.cache_states([sample(i, "abc"[i % 3]) for i in range(12)], store)
+        assert sorted(loads(events)) == ["load a", "load b", "load c"]
+        assert stats.teacher_loads == 3
+        assert all(store.get(f"s{i}").shape == (3, 4) for i in range(12))
+
+
+def test_teachers_that_fit_stay_and_those_that_do_not_are_closed() -> None:
+    events: list[str] = []
+    small = {name: FakeTeacher(name, events, num_bytes=MIB) for name in "ab"}
+    samples = [sample(0, "a"), sample(1, "b")]
+    with TeacherPool(small, memory_mb=8) as pool:
+        assert pool.cache_states(samples, MemoryStore()).teacher_loads == 2
+        assert pool.cache_states(samples, MemoryStore()).teacher_loads == 0
+        assert not [event for event in events if event.startswith("close")]
+    assert sorted(event for event in events if event.startswith("close")) == ["close a", "close b"]
+
+    events.clear()
+    big = {name: FakeTeacher(name, events, num_bytes=9 * MIB) for name in "ab"}
+    with TeacherPool(big, memory_mb=8) as pool:
+        pool.cache_states(samples, MemoryStore())
+        assert events == ["load a", "run a", "close a", "load b", "run b", "close b"]
+
+
+def test_the_least_recently_used_teacher_leaves_first() -> None:
+    events: list[str] = []
+    teachers = {name: FakeTeacher(name, events, num_bytes=3 * MIB) for name in "abc"}
+    with TeacherPool(teachers, memory_mb=7) as pool:
+        for index, name in enumerate("abac"):
+            pool.cache_states([sample(index, name)], MemoryStore())
+        assert [event for event in events if event.startswith("close")] == ["close b"]
+
+
+def test_the_next_teacher_loads_while_one_runs() -> None:
+    events: list[str] = []
+    second = FakeTeacher("b", events)
+
+    @dataclass
+    class Waiting(FakeModel):
+        def hidden_states(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
+            assert second.started.wait(timeout=30), "the second teacher never began to load"
+            return super().hidden_states(sequences)
+
+    class WaitingTeacher(FakeTeacher):
+        def load(self, device: str) -> FakeModel:
+            return Waiting(**vars(super().load(device)))
+
+    with TeacherPool({"a": WaitingTeacher("a", events), "b": second}, memory_mb=64) as pool:
+        stats = pool.cache_states([sample(0, "a"), sample(1, "b")], MemoryStore())
+    assert stats.teacher_loads == 2
+
+
+def test_a_failed_load_is_reported_and_tried_again() -> None:
+    class Flaky(FakeTeacher):
+        def load(self, device: str) -> FakeModel:
+            if not self.started.is_set():
+                self.started.set()
+                raise OSError("storage is away")
+            return super().load(device)
+
+    with TeacherPool({"a": Flaky("a", [])}, memory_mb=64) as pool:
+        with pytest.raises(OSError, match="storage is away"):
+            pool.cache_states([sample(0, "a")], MemoryStore())
+        assert pool.cache_states([sample(0, "a")], MemoryStore()).teacher_loads == 1
+
+
+def test_heads_with_equal_content_are_one_and_never_swap() -> None:
+    teachers = {"a": FakeTeacher("a", []), "b": FakeTeacher("b", []), "c": FakeTeacher("c", [], head_seed=1)}
+    with TeacherPool(teachers, memory_mb=64) as pool:
+        assert pool.head("a") is pool.head("b")
+        assert pool.stats.head_loads == 1
+        assert not torch.equal(pool.head("c"), teachers["a"].load("cpu").head)
+        assert torch.equal(pool.head("a"), teachers["a"].load("cpu").head)
+        assert pool.stats.head_loads == 3
+
+
+def test_heads_outlive_their_teachers_and_are_loaded_ahead_on_request() -> None:
+    events: list[str] = []
+    teachers = {name: FakeTeacher(name, events, num_bytes=9 * MIB, head_seed=ord(name)) for name in "ab"}
+    with TeacherPool(teachers, memory_mb=10) as pool:
+        pool.cache_states([sample(0, "a"), sample(1, "b")], MemoryStore())
+        for name in "abab":
+            pool.head(name)
+        assert pool.stats.teacher_loads == 2
+
+    other = {"a": FakeTeacher("a", [])}
+    with TeacherPool(other, memory_mb=64) as pool:
+        pool.prefetch_head("a")
+        assert other["a"].started.wait(timeout=30)
+        pool.head("a")
+        assert pool.stats.teacher_loads == 1
+
+
+def test_unknown_teachers_are_named() -> None:
+    with TeacherPool({"a": FakeTeacher("a", [])}, memory_mb=64) as pool:
+        with pytest.raises(ValueError, match=r"'s0'.*'x'.*\['a'\]"):
+            pool.cache_states([sample(0, "x")], MemoryStore())
+        with pytest.raises(ValueError, match="None"):
+            pool.cache_states([sample(0, None)], MemoryStore())
+        with pytest.raises(KeyError, match="'x'"):
+            pool.head("x")
+
+
+def test_length_batches_cover_everything_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 1, 20, 4]
+    batches = list(length_batches(lengths, max_tokens=20))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert batches[0] == [1]  # longer than the budget: alone
+    assert all(len(batch) * lengths[batch[0]] <= 20 for batch in batches[1:])

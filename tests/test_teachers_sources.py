@@ -1,0 +1,148 @@
+"""Teacher sources on tiny random Llamas: states times head are the logits, content decides the fingerprint."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posttrain.errors import RecipeError
+from teachers.pool import TeacherPool, content_hash
+from teachers.sources import AdapterTeacher, HFTeacher
+
+VOCAB = 64
+
+
+def tiny_llama(seed: int, *, tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_llama(0).save_pretrained(folder)
+    return folder
+
+
+def lora(base: Path, folder: Path, *, seed: int, modules: list[str]) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def sequences() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, VOCAB, size).astype(np.int32) for size in (9, 1, 30, 2, 17)]
+
+
+def test_states_times_head_are_the_logits_for_ragged_sequences(checkpoint: Path) -> None:
+    teacher = HFTeacher(str(checkpoint), "float32").load("cpu")
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    for ids, states in zip(sequences(), teacher.hidden_states(sequences()), strict=True):
+        with torch.no_grad():
+            logits = model(torch.as_tensor(ids, dtype=torch.long)[None]).logits[0]
+        torch.testing.assert_close(states @ teacher.head.T, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_teachers_compute_in_bfloat16_and_leave_the_default_dtype_alone(checkpoint: Path) -> None:
+    teacher = HFTeacher(str(checkpoint), "bfloat16").load("cpu")
+    assert teacher.head.dtype == torch.bfloat16
+    assert teacher.hidden_states(sequences())[0].dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_sources_pickle_and_fingerprints_follow_content(checkpoint: Path, tmp_path: Path) -> None:
+    teacher = HFTeacher(str(checkpoint))
+    assert pickle.loads(pickle.dumps(teacher)) == teacher
+    copied = tmp_path / "copy"
+    shutil.copytree(checkpoint, copied)
+    assert HFTeacher(str(copied)).fingerprint == teacher.fingerprint
+    assert HFTeacher(str(checkpoint), "bfloat16").fingerprint != HFTeacher(str(checkpoint), "float32").fingerprint
+    before = teacher.fingerprint
+    tiny_llama(1).save_pretrained(checkpoint)
+    assert teacher.fingerprint != before
+
+
+def test_folders_without_weights_are_named(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match="no weights"):
+        _ = HFTeacher(str(checkpoint)).fingerprint
+
+
+def test_closed_teachers_free_their_weights(checkpoint: Path) -> None:
+    import weakref
+
+    teacher = HFTeacher(str(checkpoint)).load("cpu")
+    weights = weakref.ref(teacher._model.model.layers[0].mlp.up_proj.weight)
+    head = teacher.head
+    teacher.close()
+    assert weights() is None
+    assert head.shape == (VOCAB, 16)
+
+
+def test_adapters_change_the_logits_and_share_the_base_head(checkpoint: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = HFTeacher(str(checkpoint), "float32")
+    folders = [lora(checkpoint, tmp_path / f"lora{s}", seed=s, modules=["q_proj", "up_proj"]) for s in (1, 2)]
+    teachers = {folder.name: AdapterTeacher(base, str(folder)) for folder in folders}
+    assert len({base.fingerprint, *(teacher.fingerprint for teacher in teachers.values())}) == 3
+
+    loaded = teachers["lora1"].load("cpu")
+    ids = sequences()[2]
+    expected = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(checkpoint), folders[0]).eval()
+    with torch.no_grad():
+        logits = expected(torch.as_tensor(ids, dtype=torch.long)[None]).logits[0]
+    torch.testing.assert_close(loaded.hidden_states([ids])[0] @ loaded.head.T, logits, rtol=1e-4, atol=1e-4)
+    assert content_hash(loaded.head) == content_hash(base.load("cpu").head)
+
+    with TeacherPool(teachers, memory_mb=64) as pool:
+        pool.head("lora1")
+        pool.head("lora2")
+        assert pool.stats.head_loads == 1
+
+
+def test_an_adapted_head_is_refused_rather_than_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    untied = tmp_path / "untied"
+    tiny_llama(0, tied=False).save_pretrained(untied)
+    adapter = lora(untied, tmp_path / "lora", seed=1, modules=["lm_head"])
+    with pytest.raises(RecipeError, match="head @ state"):
+        AdapterTeacher(HFTeacher(str(untied), "float32"), str(adapter)).load("cpu")
+
+
+def test_soft_capped_logits_are_refused(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=30.0,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    with pytest.raises(RecipeError, match="final_logit_softcapping"):
+        HFTeacher(str(tmp_path / "gemma")).load("cpu")
