@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from posttrain.errors import RecipeError, SandboxError
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after a message when the input or the machine is at fault."""
     arguments = _parser().parse_args(argv)
+    # Loading bars of the libraries below would tear up the progress lines of a run.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         _check_names_are_ours()
         command: Callable[[argparse.Namespace], int] = arguments.command

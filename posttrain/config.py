@@ -113,6 +113,15 @@ class GRPO(Value):
     """Token budget of one packed forward pass; the number of micro-batches follows from the work."""
     save_steps: Positive = 25
 
+    @model_validator(mode="after")
+    def _cispo_has_a_cap(self) -> Self:
+        if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
+            raise RecipeError(
+                f"grpo.epsilon_high = {self.epsilon_high} with loss_type = 'cispo': expected the absolute cap of the "
+                "ratio, a number >= 1 such as 5.0, since a smaller one scales every token down; set epsilon_high"
+            )
+        return self
+
 
 class Distill(Value):
     """Multi-teacher on-policy distillation: L = sum_i w_i KL(student || teacher_i), exact over the vocabulary,
@@ -157,8 +166,8 @@ class Workers(Value):
     """Rows decoded together by one engine."""
     max_concurrent_episodes: Positive = 64
     max_concurrent_sandboxes: Positive = 16
-    episode_deadline_s: float = Field(default=120.0, gt=0)
-    reward_deadline_s: float = Field(default=60.0, gt=0)
+    episode_deadline_s: float = Field(default=600.0, gt=0)
+    reward_deadline_s: float = Field(default=300.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
     """Extra attempts at an episode that failed for a reason that is not the policy's."""
     min_group_size: int = Field(default=2, ge=2)

@@ -89,7 +89,8 @@ class Sandbox(Protocol):
 class Substrate(Protocol):
     """A kind of box."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def capabilities(self) -> Mapping[str, Any]:
         """What this kind guarantees: ``isolation``, ``network``, ``limits``, ``image`` and more."""
@@ -120,7 +121,8 @@ class Episode(Protocol):
 class Environment(Protocol):
     """How a task is played."""
 
-    max_turns: int
+    @property
+    def max_turns(self) -> int: ...
 
     def start(self, task: Task, sandbox: Sandbox | None) -> Episode:
         """Begin an episode. ``sandbox`` is open when the task asks for one, and closed by the caller."""
@@ -272,6 +274,11 @@ class TeacherLibrary(Protocol):
         """A teacher from a checkpoint a stage has written."""
         ...
 
-    def open(self, teachers: Mapping[str, Teacher], *, student_path: str) -> AbstractContextManager[OpenTeachers]:
-        """Check every teacher against the student, then open them. Raises ``RecipeError``."""
+    def open(
+        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+    ) -> AbstractContextManager[OpenTeachers]:
+        """Check every teacher against the student, then open them. Raises ``RecipeError``.
+
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on.
+        """
         ...

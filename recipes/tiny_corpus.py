@@ -98,7 +98,9 @@ def _verdict(rng: random.Random, text: str, topic: str, evidence: str | None) ->
 def echo(rng: random.Random) -> str:
     """A random list of words, numbers and hex said twice or more, from which copying is learned quickly."""
     items = [
-        rng.choice((rng.choice(WORDS), str(rng.randrange(20)), f"{rng.getrandbits(16):04x}", f"{rng.choice(NAMES)}.txt"))
+        rng.choice(
+            (rng.choice(WORDS), str(rng.randrange(20)), f"{rng.getrandbits(16):04x}", f"{rng.choice(NAMES)}.txt")
+        )
         for _ in range(rng.randint(2, 6))
     ]
     return "\n".join([" ".join(items)] * rng.randint(2, 3))

@@ -52,7 +52,7 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
         """Tokens of a conversation with the generation prompt at its end, shape [T]."""
-        return self._encode(self._render(messages, generation_prompt=True))
+        return self.encode(self.render(messages, generation_prompt=True))
 
     def encode_observations(self, messages: Sequence[Message]) -> IntArray:
         """Tokens between an assistant's end-of-turn token and its next turn, shape [T].
@@ -61,15 +61,15 @@ class ChatFormat:
         rewrites earlier turns once a conversation goes on, so that nothing could be appended.
         """
         said: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        before = self._up_to_end(self._render(said, generation_prompt=False))
-        after = self._render([*said, *messages], generation_prompt=True)
+        before = self._up_to_end(self.render(said, generation_prompt=False))
+        after = self.render([*said, *messages], generation_prompt=True)
         if not after.startswith(before):
             raise RecipeError(
                 f"chat template of {self.tokenizer.name_or_path!r}: text before a new message changes when messages "
                 f"with roles {[m['role'] for m in messages]} follow; multi-turn rollouts need a template that only "
                 "appends; use another template"
             )
-        return self._encode(after[len(before) :])
+        return self.encode(after[len(before) :])
 
     def decode(self, token_ids: IntArray | Sequence[int]) -> str:
         """Text of generated tokens, without special and end tokens."""
@@ -77,11 +77,11 @@ class ChatFormat:
         kept = [int(i) for i in token_ids if int(i) not in stops]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _encode(self, text: str) -> IntArray:
+    def encode(self, text: str) -> IntArray:
         # The template writes the special tokens itself.
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 [_template_message(m) for m in messages], tokenize=False, add_generation_prompt=generation_prompt
@@ -95,7 +95,7 @@ class ChatFormat:
 
     def _end_of_turn(self) -> str:
         said: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-        rendered = self._render(said, generation_prompt=False)
+        rendered = self.render(said, generation_prompt=False)
         tail = rendered[rendered.rindex(_PROBE) + len(_PROBE) :] if _PROBE in rendered else ""
         special = self.tokenizer.all_special_tokens + list(self.tokenizer.get_added_vocab())
         ends = [token for token in special if token and tail.lstrip().startswith(token)]

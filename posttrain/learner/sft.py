@@ -140,12 +140,12 @@ def encode_demonstration(demonstration: Demonstration, chat: ChatFormat) -> list
     for index, message in enumerate(demonstration):
         if message["role"] != "assistant":
             continue
-        context = chat._render(demonstration[:index], generation_prompt=True)
-        turn = _turn_text(context, chat._render(demonstration[: index + 1], generation_prompt=False), stops)
+        context = chat.render(demonstration[:index], generation_prompt=True)
+        turn = _turn_text(context, chat.render(demonstration[: index + 1], generation_prompt=False), stops)
         if not sequences or not context.startswith(seen):
             sequences.append({"input_ids": [], "labels": []})
             seen = ""
-        context_ids, turn_ids = chat._encode(context[len(seen) :]).tolist(), chat._encode(turn).tolist()
+        context_ids, turn_ids = chat.encode(context[len(seen) :]).tolist(), chat.encode(turn).tolist()
         sequences[-1]["input_ids"] += context_ids + turn_ids
         sequences[-1]["labels"] += [IGNORED] * len(context_ids) + turn_ids
         seen = context + turn

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ class RolloutWorker:
 
         model = load_model(self._spec.model_path, getattr(torch, self._spec.dtype))
         if torch.cuda.is_available():
-            model = model.to("cuda")
+            model = model.cuda()
         return TransformersEngine(
             model,
             stop_ids=self._chat.stop_ids,
@@ -155,14 +156,15 @@ class RolloutService:
         return self._actors[index].play.remote(list(jobs))
 
     def _collect(self, index: int, future: Any, jobs: Sequence[GroupJob]) -> list[Group]:
-        for _ in range(1 + self._spec.workers.max_retries):
+        for retries_left in reversed(range(1 + self._spec.workers.max_retries)):
             try:
                 return ray.get(future, timeout=self._patience_s(jobs))
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as failure:
                 logger.warning("rollout worker %d is replaced: %s", index, type(failure).__name__)
                 self._replace(index)
-                self.counters.jobs_replayed += len(jobs)
-                future = self._submit(index, jobs)
+                if retries_left:
+                    self.counters.jobs_replayed += len(jobs)
+                    future = self._submit(index, jobs)
         raise RuntimeError(
             f"rollout worker {index} died or hung {1 + self._spec.workers.max_retries} times on the same "
             f"{len(jobs)} groups; see its log under the Ray session folder, and raise workers.max_retries or "
@@ -178,8 +180,9 @@ class RolloutService:
 
     def _start_actor(self) -> Any:
         workers = self._spec.workers
-        remote = ray.remote(num_cpus=workers.cpus_per_actor, num_gpus=workers.gpus_per_actor, max_concurrency=64)
-        return remote(RolloutWorker).remote(self._spec)
+        actor_class: Any = ray.remote(RolloutWorker)
+        options = {"num_cpus": workers.cpus_per_actor, "num_gpus": workers.gpus_per_actor, "max_concurrency": 64}
+        return actor_class.options(**options).remote(self._spec)
 
     def _replace(self, index: int) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
@@ -204,13 +207,14 @@ def ray_session(workers: Workers) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    cluster = os.environ.get("RAY_ADDRESS")
-    local = {
-        "num_cpus": max(os.cpu_count() or 1, int(np.ceil(workers.num_actors * workers.cpus_per_actor))),
-        "include_dashboard": False,
-        "object_store_memory": 1 << 30,
-    }
-    ray.init(address=cluster, log_to_driver=False, logging_level=logging.ERROR, **({} if cluster else local))
+    settings: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
+    if settings["address"] is None:
+        settings["num_cpus"] = max(os.cpu_count() or 1, int(np.ceil(workers.num_actors * workers.cpus_per_actor)))
+        settings["include_dashboard"] = False
+        settings["object_store_memory"] = 1 << 30
+    # Workers import what recipe files and their neighbours define, so they search where this process does.
+    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     try:
         yield
     finally:

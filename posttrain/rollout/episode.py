@@ -80,8 +80,9 @@ async def run_rollout(
     transcript = _Transcript()
     artifacts: dict[str, bytes] = {}
     error: str | None = None
+    clock = asyncio.timeout(deadline_s)
     try:
-        async with asyncio.timeout(deadline_s), contextlib.AsyncExitStack() as stack:
+        async with clock, contextlib.AsyncExitStack() as stack:
             box = await stack.enter_async_context(boxes.open(task.sandbox)) if task.sandbox else None
             episode = environment.start(task, box)
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
@@ -90,10 +91,11 @@ async def run_rollout(
                     transcript.stop = StopReason.TURNS
                     break
             artifacts = dict(await episode.artifacts())
-    except TimeoutError:
-        transcript.stop, error = StopReason.DEADLINE, f"episode passed its deadline of {deadline_s:g} s"
     except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
-        transcript.stop, error = StopReason.ERROR, f"{type(failure).__name__}: {failure}"
+        if clock.expired():
+            transcript.stop, error = StopReason.DEADLINE, f"episode passed its deadline of {deadline_s:g} s"
+        else:
+            transcript.stop, error = StopReason.ERROR, f"{type(failure).__name__}: {failure}"
     return Rollout(
         id=rollout_id,
         task=task,
@@ -148,18 +150,19 @@ async def score_rollout(rollout: Rollout, *, reward: Reward, boxes: Boxes, deadl
     """The reward's verdict, or an unscored ``Score`` that says what failed. Never raises."""
     if rollout.failed:
         return Score(value=None, status=ScoreStatus.ROLLOUT_ERROR, error=rollout.error)
+    clock = asyncio.timeout(deadline_s)
     try:
-        async with asyncio.timeout(deadline_s), contextlib.AsyncExitStack() as stack:
+        async with clock, contextlib.AsyncExitStack() as stack:
             spec: SandboxSpec | None = getattr(reward, "sandbox", None)
             box = await stack.enter_async_context(boxes.open(spec)) if spec is not None else None
             return await reward.score(rollout, box)
-    except TimeoutError:
-        return unscored(ScoreStatus.TIMEOUT, f"reward passed its deadline of {deadline_s:g} s")
     except SandboxError as failure:
         return unscored(ScoreStatus.SANDBOX_ERROR, f"{type(failure).__name__}: {failure}")
     except JudgeError as failure:
         return unscored(ScoreStatus.JUDGE_ERROR, str(failure))
     except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
+        if clock.expired():
+            return unscored(ScoreStatus.TIMEOUT, f"reward passed its deadline of {deadline_s:g} s")
         return unscored(ScoreStatus.REWARD_ERROR, f"{type(failure).__name__}: {failure}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,20 +25,24 @@ def group_advantage_rows(groups: Sequence[Group], config: GRPO, *, min_group_siz
 
 
 def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRPO) -> list[Sample]:
-    """What the policy gradient acts on.
+    """What the policy gradient acts on: every rollout with an advantage.
 
-    A rollout whose advantage is zero has none. It is left out unless a KL or entropy term would still act on
-    it, which also makes the token normaliser that of DAPO's dynamic sampling (arXiv 2503.14476).
+    Rollouts without gradient stay as rows of the normaliser but lose their loss mask, and so cost no forward
+    pass: those with advantage zero, unless a KL or entropy term would still act on them (which makes the token
+    normaliser that of DAPO's dynamic sampling, arXiv 2503.14476), and truncated ones where the recipe masks them.
     """
     keep_zero = config.beta > 0 or config.entropy_coef != 0
-    return [
-        sample_of(rollout, advantage=advantage)
-        for group, row in zip(groups, advantages, strict=True)
-        for rollout, advantage in zip(group.rollouts, row, strict=True)
-        if not math.isnan(advantage)
-        and (advantage != 0 or keep_zero)
-        and not (config.mask_truncated_completions and rollout.stop is StopReason.LENGTH)
-    ]
+    samples = []
+    for group, row in zip(groups, advantages, strict=True):
+        for rollout, advantage in zip(group.rollouts, row, strict=True):
+            if math.isnan(advantage):
+                continue
+            silent = (advantage == 0 and not keep_zero) or (
+                config.mask_truncated_completions and rollout.stop is StopReason.LENGTH
+            )
+            sample = sample_of(rollout, advantage=advantage)
+            samples.append(replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) if silent else sample)
+    return samples
 
 
 def distill_samples(rollouts: Iterable[Rollout], weights: dict[str, float]) -> list[Sample]:

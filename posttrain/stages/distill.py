@@ -41,9 +41,12 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
         for step in range(first, config.max_steps):
             groups = session.rollouts.play(_jobs(session, f"{stage.name}/{step}", next(tasks)))
             samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-            opened.cache_states(samples)
-            metrics = group_metrics(groups) | learner.update(samples, objective) | dict(opened.costs())
-            opened.store.free(sample.id for sample in samples)
+            metrics = group_metrics(groups)
+            # Without samples, after a failure of every rollout, there is nothing to learn in this step.
+            if samples:
+                opened.cache_states(samples)
+                metrics |= learner.update(samples, objective) | dict(opened.costs())
+                opened.store.free(sample.id for sample in samples)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step)
             session.metrics.log(stage.name, step + 1, metrics)

@@ -47,6 +47,9 @@ def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Con
     """Scores of all contestants into ``stage``, skipping those already there."""
     missing = [e for e in entrants if not scores_path(stage.path, e.model, e.domain).exists()]
     already = len(entrants) - len(missing)
+    log = RolloutLog(stage)
+    # Those of a contestant whose scores were not saved are played, and written, again.
+    log.rewind(already)
     session.begin(stage, already)
     progress = session.progress.stage(stage.name, len(entrants), first_step=already)
     if any(session.judged_by_policy(entrant.domain) for entrant in missing):
@@ -57,7 +60,7 @@ def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Con
             session.send_checkpoint(entrant.path)
             loaded = entrant.path
         scores, groups = evaluate(session, entrant)
-        RolloutLog(stage).write_groups(groups, done, model=entrant.model)
+        log.write_groups(groups, done, model=entrant.model)
         scores.save(stage.path)
         progress.update(done, {"reward": float(np.nanmean(scores.sampled))})
 

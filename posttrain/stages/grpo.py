@@ -82,14 +82,17 @@ def play_groups(session: Session, prefix: str, tasks: Iterator[Task], config: GR
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:
-    """The optimizer steps of one rollout batch: ``num_iterations`` shuffled passes over the samples."""
+    """The optimizer steps of one rollout batch: ``num_iterations`` shuffled passes over the samples.
+
+    A mini-batch in which nothing carries loss (all groups agree) is no step.
+    """
     rng = random.Random(seed)
     for _ in range(config.num_iterations):
         order = list(samples)
         rng.shuffle(order)
         for i in range(config.minibatches_per_step):
             minibatch = order[i :: config.minibatches_per_step]
-            if minibatch:
+            if any(sample.num_loss_tokens for sample in minibatch):
                 yield minibatch
 
 

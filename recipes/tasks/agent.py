@@ -104,7 +104,7 @@ class AgentTasks(DrawnTasks):
 
     def draw(self, rng: random.Random) -> SolvedTask:
         errand = rng.choice(self.errands)(rng, self.max_words)
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
         task = Task(
             id=problem_id("agent", errand.request, sorted(errand.files.items())),
             domain="agent",

@@ -79,17 +79,20 @@ class CodeTasks(DrawnTasks):
     """The request; ``{steps}`` stands for the steps in words. A model that knows English can be told more."""
     fenced: bool = False
     """Whether demonstrations put the program in a ```python block."""
+    system: str | None = None
+    """A system message; an empty one keeps a chat template from adding its own."""
 
     def draw(self, rng: random.Random) -> SolvedTask:
         kind = rng.choice(self.kinds)
         said, expression = self._pipeline(rng, kind)
         program = f"def f(x):\n    return {expression}"
         steps = ", then ".join(said)
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         prompt: Message = {"role": "user", "content": self.template.format(steps=steps)}
         task = Task(
             id=problem_id("code", steps),
             domain="code",
-            prompt=(prompt,),
+            prompt=(*system, prompt),
             info={"entry_point": "f", "tests": unit_tests(program, INPUTS[kind])},
         )
         reply = f"```python\n{program}\n```" if self.fenced else program

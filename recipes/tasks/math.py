@@ -26,16 +26,20 @@ class MathTasks(DrawnTasks):
     config: Mapping[str, Any] = field(default_factory=_short_sums)
     """Settings of the reasoning-gym generator; more terms and digits make ``chain_sum`` harder."""
     request: str = "Answer with the number only."
+    """What follows the question; empty for a model that is to learn the form from demonstrations."""
+    system: str | None = None
+    """A system message; an empty one keeps a chat template from adding its own."""
 
     def draw(self, rng: random.Random) -> SolvedTask:
         import reasoning_gym
 
         entry = reasoning_gym.create_dataset(self.dataset, seed=rng.getrandbits(32), size=1, **self.config)[0]
-        prompt: Message = {"role": "user", "content": f"{entry['question']} {self.request}"}
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        prompt: Message = {"role": "user", "content": f"{entry['question']} {self.request}".rstrip()}
         task = Task(
             id=problem_id("math", self.dataset, entry["question"]),
             domain="math",
-            prompt=(prompt,),
+            prompt=(*system, prompt),
             answer=entry["answer"],
             info={"dataset": self.dataset, "entry": entry},
         )
