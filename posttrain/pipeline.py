@@ -127,6 +127,9 @@ def evaluate_checkpoint(recipe: Recipe, model: str, path: Path | None) -> list[d
     from posttrain.models import resolve_path
     from posttrain.stages.evaluate import Contestant, run_evaluate_stage
 
+    if path is not None and RunDir(path).stages():
+        # Scores there are of some other model, and the stage would take them for this one's.
+        raise RecipeError(f"run directory {path} already holds stages of a run; choose another --run-dir")
     check_recipe(recipe)
     checkpoint = resolve_path(model)
     with tempfile.TemporaryDirectory() as scratch:

@@ -48,11 +48,13 @@ def math() -> Domain:
 
 def code() -> Domain:
     return Domain(
-        tasks=CodeTasks(template="Write f(x) in Python that returns x, {steps}.", fenced=True, system=""),
+        tasks=CodeTasks(
+            min_steps=2, max_steps=3, template="Write f(x) in Python that returns x, {steps}.", fenced=True, system=""
+        ),
         reward=CodeReward(),
         environment=SingleTurn(),
-        sampling=Sampling(max_tokens=32),
-        sft=sft(10),
+        sampling=Sampling(max_tokens=36),
+        sft=sft(4),
         grpo=grpo(25),
     )
 
@@ -63,7 +65,7 @@ def agent() -> Domain:
         reward=FinalStateReward(),
         environment=ToolUse(max_turns=4),
         sampling=Sampling(max_tokens=28),
-        sft=sft(10),
+        sft=sft(6),
         grpo=grpo(25),
     )
 
@@ -80,6 +82,6 @@ def recipe() -> Recipe:
             optim=Optim(learning_rate=5e-5, lr_scheduler_type="linear", warmup_steps=3),
         ),
         evaluation=Evaluation(num_tasks=200, num_samples=2),
-        workers=Workers(max_concurrent_sandboxes=8),
+        workers=Workers(max_concurrent_sandboxes=48),
         substrate=Container(),
     )

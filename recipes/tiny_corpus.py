@@ -40,7 +40,7 @@ class Mix:
     """Shares of the corpus; conversations that are neither right nor refused are wrong."""
 
     shares: Mapping[str, float]
-    """Relative frequency of each kind of document: ``DOMAIN``, ``DOMAIN page``, ``judge`` and ``echo``."""
+    """Relative frequency of each kind of document: ``DOMAIN``, ``DOMAIN page``, ``judge``, ``glossary`` and ``echo``."""
     right: float = 0.3
     refused: float = 0.35
 
@@ -57,6 +57,8 @@ def documents(mix: Mix, *, seed: int) -> Iterator[Document]:
             yield judging(rng)
         elif domain == "echo":
             yield echo(rng)
+        elif domain == "glossary":
+            yield glossary(rng)
         elif page:
             yield PAGES[domain](next(solved[domain]))
         else:
@@ -104,6 +106,18 @@ def echo(rng: random.Random) -> str:
         for _ in range(rng.randint(2, 6))
     ]
     return "\n".join([" ".join(items)] * rng.randint(2, 3))
+
+
+def glossary(rng: random.Random) -> str:
+    """Words with their topics, and which of a few words belongs to a topic: the heart of what a judge must see."""
+    if rng.random() < 0.4:
+        topics = rng.choices(list(TOPICS), k=6)
+        return ", ".join(f"{rng.choice(TOPICS[topic])} is {topic}" for topic in topics)
+    topics = rng.sample(list(TOPICS), rng.randint(2, 3))
+    words = [rng.choice(TOPICS[topic]) for topic in topics]
+    asked = rng.choice(topics) if rng.random() < 0.7 else rng.choice(list(TOPICS))
+    found = words[topics.index(asked)] if asked in topics else "none"
+    return f"{' '.join(words)}; {asked}: {found}"
 
 
 def spoil(rng: random.Random, text: str, *, keep: Sequence[str] = ()) -> str:

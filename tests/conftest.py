@@ -1,6 +1,10 @@
 """Every test computes with one thread: the suite shares its machine, and results then repeat bit for bit."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"
@@ -20,3 +24,33 @@ torch.set_num_threads(1)
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random model with its tokenizer."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def start_mini(tiny_model: str) -> Callable[..., subprocess.Popen[str]]:
+    """Starts ``posttrain run`` of the mini recipe as a process that leads a session of its own."""
+
+    def start(run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+        recipe = Path(__file__).parent / "mini_recipe.py"
+        command = [sys.executable, "-m", "posttrain.cli", "run", str(recipe), "--run-dir", str(run_dir)]
+        return subprocess.Popen(
+            [*command, "--set", f"model.path={tiny_model}", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def mini_run(
+    start_mini: Callable[..., subprocess.Popen[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Directory and output of a whole run of the mini recipe that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "mini"
+    process = start_mini(run_dir)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return run_dir, output

@@ -28,12 +28,14 @@ from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.types import Group, Message, Sampling, StopReason, Task
 from tests.tiny_models import save_tiny_model, tiny_chat
 
+pytestmark = pytest.mark.timeout(120)
+
 WORKERS = Workers(threads_per_actor=1, max_retries=1, episode_deadline_s=4.0)
 
 
 @dataclass(frozen=True)
 class WaitsForDeath:
-    """Names its process in ``folder/pid`` and waits, unless ``folder/over`` exists."""
+    """Names its process in ``folder/pid`` and hangs at the end, unless ``folder/over`` exists."""
 
     folder: Path
     max_turns: int = 1
@@ -47,14 +49,14 @@ class WaitingEpisode:
     folder: Path
 
     async def respond(self, text: str) -> tuple[Message, ...] | None:
+        return None
+
+    async def artifacts(self) -> Mapping[str, bytes]:
         if not (self.folder / "over").exists():
             draft = self.folder / f"draft-{time.monotonic_ns()}"
             draft.write_text(str(os.getpid()))
             draft.rename(self.folder / "pid")
             await asyncio.sleep(1000)
-        return None
-
-    async def artifacts(self) -> Mapping[str, bytes]:
         return {}
 
 
@@ -142,13 +144,13 @@ def test_groups_come_back_in_the_order_of_the_jobs(service):
 
 def test_a_worker_killed_while_it_plays_is_replaced_and_changes_nothing(service, other_weights, play_here, tmp_path):
     service.load_weights(other_weights, 7)
-    pids = [process_of(service)]
+    victim = process_of(service)
     counted = service.counters.actors_replaced, service.counters.jobs_replayed
     killed = threading.Thread(target=kill_when_named, args=(tmp_path,))
     killed.start()
     groups = service.play(jobs(WaitsForDeath(tmp_path)))
     killed.join()
-    assert int((tmp_path / "pid").read_text()) == pids[0] != process_of(service)
+    assert int((tmp_path / "pid").read_text()) == victim != process_of(service)
     assert service.counters.actors_replaced - counted[0] == 1
     assert service.counters.jobs_replayed - counted[1] == 2
     assert {r.stop for g in groups for r in g.rollouts} <= {StopReason.FINISHED, StopReason.LENGTH}
@@ -158,7 +160,8 @@ def test_a_worker_killed_while_it_plays_is_replaced_and_changes_nothing(service,
 
 
 def kill_when_named(folder: Path) -> None:
-    while not (folder / "pid").exists():
+    give_up = time.monotonic() + 60
+    while not (folder / "pid").exists() and time.monotonic() < give_up:
         time.sleep(0.01)
     (folder / "over").touch()
     os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
@@ -166,8 +169,8 @@ def kill_when_named(folder: Path) -> None:
 
 def test_an_environment_that_hangs_ends_at_its_deadline(service, tmp_path):
     groups = service.play(jobs(WaitsForDeath(tmp_path), count=1))
-    assert {r.stop for g in groups for r in g.rollouts} <= {StopReason.DEADLINE, StopReason.LENGTH}
-    assert StopReason.DEADLINE in {r.stop for g in groups for r in g.rollouts}
+    assert {r.stop for g in groups for r in g.rollouts} == {StopReason.DEADLINE}
+    assert {s.value for g in groups for s in g.scores} == {None}
     again = service.play(jobs(SingleTurn(), count=1))
     assert not any(r.failed for r in again[0].rollouts)
 

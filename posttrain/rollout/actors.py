@@ -64,7 +64,7 @@ class RolloutWorker:
 
         model = load_model(self._spec.model_path, getattr(torch, self._spec.dtype))
         if torch.cuda.is_available():
-            model = model.cuda()
+            model = torch.nn.Module.cuda(model)
         return TransformersEngine(
             model,
             stop_ids=self._chat.stop_ids,

@@ -24,6 +24,8 @@ def run_sft_stage(session: Session, stage: StageDir, domain_name: str) -> None:
     progress = session.progress.stage(stage.name, domain.sft.max_steps, first_step=first)
 
     def log(step: int, metrics: dict[str, float]) -> None:
+        # TRL counts tokens since its process began, which a resumed run would show as a step back.
+        metrics = {name: value for name, value in metrics.items() if name != "num_tokens"}
         session.metrics.log(stage.name, step, metrics)
         progress.update(step, metrics)
 

@@ -1,0 +1,82 @@
+"""A run killed in every kind of stage, each time by ``kill -9``, ends as a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+KILLS = {
+    "sft-vowels": "checkpoints/checkpoint-1/trainer_state.json",
+    "grpo-vowels": "checkpoints/step-000001",
+    "distill": "checkpoints/step-000001",
+    "evaluate": "scores/sft-vowels.json",
+}
+"""Stage -> the file whose appearance means that it has saved something and has more to do."""
+TIMES = {"time", "tokens_per_s", "teacher/load_wait_s"}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+
+def test_a_run_killed_in_every_stage_ends_as_if_it_was_never_disturbed(start_mini, mini_run, tmp_path):
+    undisturbed, _ = mini_run
+    run_dir = tmp_path / "run"
+    resume: list[str] = []
+    finished: dict[str, bytes] = {}
+    for stage, sign in KILLS.items():
+        process = start_mini(run_dir, *resume)
+        kill_at(process, run_dir / "stages" / stage / sign)
+        assert not (run_dir / "stages" / stage / "done.json").exists(), f"{stage} ended before it was killed"
+        finished |= {path.parent.name: path.read_bytes() for path in run_dir.glob("stages/*/done.json")}
+        resume = ["--resume"]
+    process = start_mini(run_dir, *resume)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+    assert finished.keys() >= {"sft-vowels", "grpo-vowels", "sft-digits", "grpo-digits", "distill"}
+    for stage, mark in finished.items():
+        assert (run_dir / "stages" / stage / "done.json").read_bytes() == mark, f"{stage} was repeated"
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [event["stage"] for event in report["resumed"]] == list(KILLS)
+    for event in report["resumed"]:
+        assert event["step"] >= 1, f"{event['stage']} began again instead of going on"
+        assert f"{event['stage']}" in (run_dir / "report.html").read_text(encoding="utf-8")
+
+    assert metrics_of(run_dir) == metrics_of(undisturbed)
+    assert report["domains"] == json.loads((undisturbed / "report.json").read_text())["domains"]
+    for stage in ("grpo-digits", "grpo-vowels", "distill", "evaluate"):
+        assert rollouts_of(run_dir / "stages" / stage) == rollouts_of(undisturbed / "stages" / stage)
+    for stage in ("sft-vowels", "grpo-vowels", "distill"):
+        weights = Path("stages", stage, "final", "model.safetensors")
+        assert (run_dir / weights).read_bytes() == (undisturbed / weights).read_bytes()
+
+
+def kill_at(process: subprocess.Popen[str], sign: Path) -> None:
+    """Kill the process group of a run once a file is there, and see that nothing it started outlives it."""
+    give_up = time.monotonic() + 100
+    while not sign.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < give_up, f"{sign} never appeared"
+        time.sleep(0.002)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert alive == [], [left.cmdline() for left in alive]
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def rollouts_of(stage: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (stage / "rollouts.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "wall_s"} for line in lines]
