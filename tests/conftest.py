@@ -1,5 +1,8 @@
 """Every test computes with one thread: the suite shares its machine, and results then repeat bit for bit."""
 
+# The libraries read these variables when they are imported.
+# ruff: noqa: E402
+
 import os
 import subprocess
 import sys

@@ -14,13 +14,16 @@ import psutil
 import pytest
 
 KILLS = {
-    "sft-vowels": "checkpoints/checkpoint-1/trainer_state.json",
+    "sft-vowels": "checkpoints/checkpoint-2",
     "grpo-vowels": "checkpoints/step-000001",
     "distill": "checkpoints/step-000001",
     "evaluate": "scores/sft-vowels.json",
 }
-"""Stage -> the file whose appearance means that it has saved something and has more to do."""
+"""Stage -> what appears once it has saved something whole and has more to do. TRL writes a checkpoint in place, so
+only the beginning of the second says that the first is whole."""
 TIMES = {"time", "tokens_per_s", "teacher/load_wait_s"}
+LOADS = {"teacher/teacher_loads", "teacher/head_loads"}
+"""What a step really loaded: a new process has no teacher in memory yet."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -74,7 +77,7 @@ def kill_at(process: subprocess.Popen[str], sign: Path) -> None:
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES | LOADS} for line in lines]
 
 
 def rollouts_of(stage: Path) -> list[dict[str, Any]]:

@@ -487,7 +487,9 @@ def test_a_reward_judged_by_the_policy_without_a_snapshot_is_unscored():
 
 
 def test_rollouts_without_a_reward_have_no_value():
-    groups = play(job(num_rollouts=2, reward=None), script=lambda request: RuntimeError("x") if "/1/" in request.id else "a")
+    groups = play(
+        job(num_rollouts=2, reward=None), script=lambda request: RuntimeError("x") if "/1/" in request.id else "a"
+    )
     assert [score.value for score in groups[0].scores] == [None, None]
     assert groups[0].scores[1].status is ScoreStatus.ROLLOUT_ERROR
 
@@ -510,7 +512,7 @@ def rollout_of(name: str, *, tokens: int = 3, stop: StopReason = StopReason.FINI
     return Rollout(id=name, task=Task(id="t", domain=domain, prompt=()), turns=(turn,), stop=stop)
 
 
-def group_of(*values: float | None, stops: Mapping[int, StopReason] = {}, parts: Any = ()) -> Group:  # noqa: B006
+def group_of(*values: float | None, stops: Mapping[int, StopReason] = {}, parts: Any = ()) -> Group:
     rollouts = tuple(rollout_of(f"r{i}", stop=stops.get(i, StopReason.FINISHED)) for i in range(len(values)))
     details = [*parts, *[{}] * (len(values) - len(parts))]
     scores = tuple(Score(value=v, parts=p) for v, p in zip(values, details, strict=True))

@@ -13,8 +13,8 @@ from posttrain.protocols import TaskSource
 from posttrain.rollout.environments import _SHELL_BLOCK
 from recipes.tasks.agent import EXPLANATION, SILENT, AgentTasks
 from recipes.tasks.code import CodeTasks, unit_tests
-from recipes.tasks.math import MathTasks
-from recipes.tasks.splits import is_heldout, problem_id
+from recipes.tasks.math import MathTasks, worked_sum
+from recipes.tasks.splits import is_heldout, problem_id, training
 from recipes.tasks.words import TOPICS, WORDS
 from recipes.tasks.writing import WritingTasks
 
@@ -169,3 +169,16 @@ def test_demonstrated_lines_keep_every_rule():
         assert info["word"] in words
         assert info["word"] not in info["topic_words"]
         assert set(info["topic_words"]) & set(words)
+
+
+def test_a_sum_is_worked_place_by_place():
+    assert worked_sum("42 - 25") == "40 - 20 = 20, 2 - 5 = -3, 20 - 3 = 17"
+    assert worked_sum("7 + 8") == "7 + 8 = 15"
+    assert worked_sum("120 + 34 - 5") == (
+        "100 + 0 - 0 = 100, 20 + 30 - 0 = 50, 0 + 4 - 5 = -1, 100 + 50 = 150, 150 - 1 = 149"
+    )
+
+
+def test_worked_sums_end_with_the_answer():
+    for solved in islice(training(MathTasks(worked=True).draw, seed=0), 200):
+        assert solved.solution[0]["content"].rpartition(" = ")[2] == solved.task.answer

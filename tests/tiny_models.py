@@ -49,13 +49,15 @@ def tiny_chat() -> ChatFormat:
     return ChatFormat(tiny_tokenizer())
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.4, extra: Sequence[str] = ()) -> str:
+def save_tiny_model(
+    folder: Path, *, seed: int = 0, spread: float = 0.4, hidden_size: int = 32, extra: Sequence[str] = ()
+) -> str:
     """A random Llama with its tokenizer; a wide ``spread`` of the weights gives peaked distributions."""
     tokenizer = tiny_tokenizer(extra)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,

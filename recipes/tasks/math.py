@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ class MathTasks(DrawnTasks):
     system: str | None = None
     """A system message; an empty one keeps a chat template from adding its own."""
 
+    worked: bool = False
+    """Whether demonstrations of ``chain_sum`` show the sum done place by place before the answer."""
+
     def draw(self, rng: random.Random) -> SolvedTask:
         import reasoning_gym
 
@@ -43,4 +46,27 @@ class MathTasks(DrawnTasks):
             answer=entry["answer"],
             info={"dataset": self.dataset, "entry": entry},
         )
-        return SolvedTask(task=task, solution=({"role": "assistant", "content": entry["answer"]},))
+        answer = worked_sum(entry["metadata"]["expression"]) if self.worked else entry["answer"]
+        return SolvedTask(task=task, solution=({"role": "assistant", "content": answer},))
+
+
+def worked_sum(expression: str) -> str:
+    """A chain of sums done place by place: ``42 - 25`` gives ``40 - 20 = 20, 2 - 5 = -3, 20 - 3 = 17``."""
+    signs, numbers = expression.split()[1::2], [int(term) for term in expression.split()[::2]]
+    places = [10**power for power in reversed(range(len(str(max(numbers)))))]
+    columns = [[number // place % 10 * place for number in numbers] for place in places]
+    steps = [(_chain(column, signs), _total(column, signs)) for column in columns]
+    running = steps[0][1]
+    for _, value in list(steps[1:]):
+        sign = "-" if value < 0 else "+"
+        steps.append((_chain([running, abs(value)], [sign]), running + value))
+        running += value
+    return ", ".join(f"{said} = {value}" for said, value in steps)
+
+
+def _chain(numbers: Sequence[int], signs: Sequence[str]) -> str:
+    return " ".join([str(numbers[0]), *(f"{s} {n}" for s, n in zip(signs, numbers[1:], strict=True))])
+
+
+def _total(numbers: Sequence[int], signs: Sequence[str]) -> int:
+    return numbers[0] + sum(n if s == "+" else -n for s, n in zip(signs, numbers[1:], strict=True))
