@@ -6,6 +6,7 @@ complete checkpoint brings back weights, optimizer, data order and random state.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from posttrain.config import Evaluation, Recipe
 from posttrain.errors import RecipeError
-from posttrain.preflight import check_recipe
+from posttrain.preflight import check_disk, check_recipe, disk_needed
 from posttrain.runs.costs import summarise_costs
 from posttrain.runs.durable import read_json
 from posttrain.runs.evaluation import DomainEvaluation, load_evaluations
@@ -61,6 +62,7 @@ def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
             f"run directory {path} already holds a run; add --resume to go on with it, or choose another --run-dir"
         )
     check_recipe(recipe)
+    check_disk(path, needed_bytes=disk_needed(recipe))
     with run.lock():
         goes_on = run.recipe.exists()
         run.write_recipe(recipe)
@@ -111,6 +113,8 @@ def _run_stage(session: Session, stage: Stage) -> None:
         entrants = contestants(session, finals(session, "sft"), finals(session, "grpo"), student)
         run_evaluate_stage(session, directory, list(entrants))
     directory.mark_done({"seconds": time.monotonic() - begun})
+    # Only an unfinished stage resumes; its optimizer states are the bulk of what a run writes.
+    shutil.rmtree(directory.checkpoints, ignore_errors=True)
     session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
 
 

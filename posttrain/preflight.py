@@ -99,11 +99,24 @@ def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task])
     recipe.substrate.check()
 
 
+def disk_needed(recipe: Recipe) -> int:
+    """Bytes a run writes at most: a final model a stage, and three checkpoints with optimizer state at a time."""
+    import torch
+
+    from posttrain.models import load_model
+
+    num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
+    trained = 1 if recipe.model.lora is None else 0
+    num_models = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
+    return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+
+
 def check_disk(path: Path, *, needed_bytes: int) -> None:
-    """Raise ``OSError`` when the file system of ``path`` cannot hold what a run will write."""
-    free = shutil.disk_usage(path).free
+    """Raise ``OSError`` when the file system that ``path`` is, or will be, on cannot hold what a run writes."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise OSError(
-            f"the disk of {path} has {free / 2**20:.0f} MiB free but this run writes about "
+            f"the disk of {existing} has {free / 2**20:.0f} MiB free but this run writes about "
             f"{needed_bytes / 2**20:.0f} MiB; free some space or choose another --run-dir"
         )

@@ -198,8 +198,9 @@ def train(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
             loss = model(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for one in (*both, *schedulers):
-            one.step()
+        for optimizer, scheduler in zip(both, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         model.zero_grad()
         num_tokens += ids_BT.numel()
         if step % 50 == 0:

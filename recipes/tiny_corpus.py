@@ -40,7 +40,7 @@ class Mix:
     """Shares of the corpus; conversations that are neither right nor refused are wrong."""
 
     shares: Mapping[str, float]
-    """Relative frequency of each kind of document: ``DOMAIN``, ``DOMAIN page``, ``judge``, ``glossary`` and ``echo``."""
+    """Relative frequency of each kind of document: ``DOMAIN``, ``DOMAIN page``, ``judge``, ``glossary``, ``echo``."""
     right: float = 0.3
     refused: float = 0.35
 

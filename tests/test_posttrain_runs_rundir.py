@@ -82,7 +82,7 @@ def test_kill_9_while_writing_leaves_a_readable_file(tmp_path):
 
 def test_a_run_belongs_to_one_process(tmp_path):
     run = RunDir(tmp_path / "run")
-    with run.lock(), pytest.raises(RuntimeError, match=f"in use by process {os.getpid()}"), run.lock():
+    with run.lock(), pytest.raises(RecipeError, match=f"in use by process {os.getpid()}"), run.lock():
         pass
     with run.lock():
         pass
@@ -101,11 +101,11 @@ def test_the_lock_of_a_dead_process_is_taken_over_even_if_a_child_still_holds_it
     owner = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE)
     child = int(owner.stdout.readline())
     try:
-        with pytest.raises(RuntimeError, match=f"process {owner.pid}"), run.lock():
+        with pytest.raises(RecipeError, match=f"process {owner.pid}"), run.lock():
             pass
         owner.kill()
         owner.wait()
-        with run.lock(), pytest.raises(RuntimeError, match=f"process {os.getpid()}"), run.lock():
+        with run.lock(), pytest.raises(RecipeError, match=f"process {os.getpid()}"), run.lock():
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_a_lock_held_from_another_host_is_never_judged_dead(tmp_path):
     run = RunDir(tmp_path / "run")
     with run.lock():
         (run.path / "run.lock").write_text(json.dumps({"pid": 2**22 + 1, "host": "elsewhere"}))
-        with pytest.raises(RuntimeError, match="on elsewhere"), run.lock():
+        with pytest.raises(RecipeError, match="on elsewhere"), run.lock():
             pass
 
 

@@ -31,6 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from posttrain.config import SFT, Lora
 from posttrain.conversation.chat import ChatFormat
+from posttrain.errors import RecipeError
 from posttrain.models import load_model, load_tokenizer
 from posttrain.protocols import Demonstration
 
@@ -73,7 +74,7 @@ def run_sft(
     ``output_dir/checkpoints`` holds the newest two checkpoints with optimizer, schedule and random state, and a second
     call continues from the newest complete one, with the same result as a run that was never interrupted.
 
-    Raises ``ValueError`` on no demonstrations, one longer than ``config.max_length`` tokens, one without an assistant
+    Raises ``RecipeError`` on no demonstrations, one longer than ``config.max_length`` tokens, one without an assistant
     message, and a chat template that does not end assistant messages with a stop token.
     """
     tokenizer = load_tokenizer(str(model_path))
@@ -106,7 +107,7 @@ def encode_demonstrations(
 ) -> list[dict[str, list[int]]]:
     """Rows of ``input_ids`` and ``labels`` for all demonstrations, checked; errors as in ``run_sft``."""
     if not demonstrations:
-        raise ValueError(
+        raise RecipeError(
             "demonstrations is empty: expected at least one conversation to imitate; give the domain's task source "
             "demonstrations or drop the sft stage"
         )
@@ -115,10 +116,10 @@ def encode_demonstrations(
         try:
             sequences = encode_demonstration(demonstration, chat)
         except ValueError as error:
-            raise ValueError(f"demonstration {index}: {error}") from error
+            raise RecipeError(f"demonstration {index}: {error}") from error
         length = max(len(sequence["input_ids"]) for sequence in sequences)
         if length > max_length:
-            raise ValueError(
+            raise RecipeError(
                 f"demonstration {index} has {length} tokens but max_length = {max_length}; cut, it would lose "
                 "its stop token. Shorten it or raise max_length. It begins: "
                 f"{demonstration[0]['content'][:80]!r}"
@@ -150,7 +151,7 @@ def encode_demonstration(demonstration: Demonstration, chat: ChatFormat) -> list
         sequences[-1]["labels"] += [IGNORED] * len(context_ids) + turn_ids
         seen = context + turn
     if not sequences:
-        raise ValueError("it has no assistant message, so there is nothing to imitate; add one or leave it out")
+        raise RecipeError("it has no assistant message, so there is nothing to imitate; add one or leave it out")
     return sequences
 
 
@@ -171,14 +172,14 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 def _turn_text(context: str, rendered: str, stops: Sequence[str]) -> str:
     """What the policy has to write after ``context``, its stop token included."""
     if not rendered.startswith(context):
-        raise ValueError(
+        raise RecipeError(
             "the chat template does not continue its own generation prompt when an assistant message follows, so the "
             "tokens to imitate cannot be told apart; fix the template"
         )
     turn = rendered[len(context) :]
     end = max((turn.rfind(stop) + len(stop) for stop in stops if stop in turn), default=0)
     if end == 0:
-        raise ValueError(
+        raise RecipeError(
             f"the chat template ends an assistant message with {turn[-20:]!r}, without any of the stop tokens {stops}; "
             "the model would never learn to stop. Fix the template"
         )

@@ -8,6 +8,7 @@ random numbers, so the second attempt draws what the first one drew and no rollo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -128,6 +129,11 @@ class RolloutService:
     def __exit__(self, *exc: object) -> None:
         for actor in self._actors:
             ray.kill(actor)
+
+    def take_counters(self) -> dict[str, float]:
+        """Actors replaced and jobs played again since the last call."""
+        taken, self.counters = self.counters, RolloutCounters()
+        return {name: float(value) for name, value in dataclasses.asdict(taken).items()}
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Give every actor new policy weights; returns when all hold them."""

@@ -74,25 +74,41 @@ def sample_of(rollout: Rollout, *, advantage: float = 0.0, teacher: str | None =
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What a training step's rollouts looked like. Unscored rollouts are counted, never averaged in."""
+    """What a step's rollouts looked like and what they earned."""
+    return rollout_metrics(groups) | reward_metrics(groups)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Lengths, turns and failures of a step's rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    count = max(len(rollouts), 1)
+    generated = float(sum(rollout.num_generated for rollout in rollouts))
+    return {
+        "failed_rollouts": float(sum(rollout.failed for rollout in rollouts)),
+        "completion_tokens": generated / count,
+        "truncated": sum(rollout.stop is StopReason.LENGTH for rollout in rollouts) / count,
+        "turns": sum(len(rollout.turns) for rollout in rollouts) / count,
+        "generated_tokens": generated,
+    }
+
+
+def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Means of rewards and their parts. Unscored rollouts are counted, never averaged in; NaN when none is scored."""
+    scores = [score for group in groups for score in group.scores]
     values = [[s.value for s in group.scores if s.value is not None] for group in groups]
     scored = [value for row in values for value in row]
     parts: dict[str, list[float]] = {}
-    for group in groups:
-        for score in group.scores:
-            for name, value in score.parts.items():
-                if value is not None:
-                    parts.setdefault(name, []).append(value)
-    metrics = {
-        "reward": float(np.mean(scored)) if scored else math.nan,
-        "reward_std": float(np.mean([np.std(row) for row in values if row])) if scored else math.nan,
-        "frac_reward_zero_std": float(np.mean([len(set(row)) <= 1 for row in values])) if values else math.nan,
-        "unscored": float(len(rollouts) - len(scored)),
-        "failed_rollouts": float(sum(r.failed for r in rollouts)),
-        "completion_tokens": float(np.mean([r.num_generated for r in rollouts])) if rollouts else 0.0,
-        "truncated": float(np.mean([r.stop is StopReason.LENGTH for r in rollouts])) if rollouts else 0.0,
-        "turns": float(np.mean([len(r.turns) for r in rollouts])) if rollouts else 0.0,
-        "generated_tokens": float(sum(r.num_generated for r in rollouts)),
-    }
-    return metrics | {f"reward/{name}": float(np.mean(found)) for name, found in sorted(parts.items())}
+    for score in scores:
+        for name, part in score.parts.items():
+            if part is not None:
+                parts.setdefault(name, []).append(part)
+    return {
+        "reward": _mean(scored),
+        "reward_std": _mean([float(np.std(row)) for row in values if row]),
+        "frac_reward_zero_std": _mean([float(len(set(row)) <= 1) for row in values]),
+        "unscored": float(len(scores) - len(scored)),
+    } | {f"reward/{name}": _mean(found) for name, found in sorted(parts.items())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

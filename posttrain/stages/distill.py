@@ -16,7 +16,7 @@ from posttrain.learner.objectives import DistillObjective
 from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
 from posttrain.rollout.player import GroupJob
-from posttrain.rollout.samples import distill_samples, group_metrics
+from posttrain.rollout.samples import distill_samples, rollout_metrics
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.grpo import take_tasks
@@ -41,7 +41,7 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
         for step in range(first, config.max_steps):
             groups = session.rollouts.play(_jobs(session, f"{stage.name}/{step}", next(tasks)))
             samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-            metrics = group_metrics(groups)
+            metrics = rollout_metrics(groups) | session.rollouts.take_counters()
             # Without samples, after a failure of every rollout, there is nothing to learn in this step.
             if samples:
                 opened.cache_states(samples)

@@ -48,7 +48,7 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
         groups = play_groups(session, f"{stage.name}/{step}", itertools.islice(tasks, config.groups_per_step), config)
         advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
         samples = grpo_samples(groups, advantages, config)
-        metrics = group_metrics(groups)
+        metrics = group_metrics(groups) | session.rollouts.take_counters()
         for minibatch in minibatches(samples, config, seed=f"{session.recipe.seed}/{stage.name}/{step}"):
             metrics |= learner.update(minibatch, objective)
         session.send_policy(learner, version=step + 1)
