@@ -19,11 +19,12 @@ BASE = Model(path="package:recipes/tiny", dtype="float32")
 
 
 def sft() -> SFT:
-    return SFT(num_demonstrations=256, max_steps=40, batch_size=16, optim=Optim(learning_rate=5e-4))
+    """Short on purpose: it shows the form and leaves the skill to reinforcement."""
+    return SFT(num_demonstrations=160, max_steps=10, batch_size=16, optim=Optim(learning_rate=2e-4))
 
 
-def grpo() -> GRPO:
-    return GRPO(max_steps=30, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=3e-4))
+def grpo(steps: int = 25) -> GRPO:
+    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
 
 
 def math() -> Domain:

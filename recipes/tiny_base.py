@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,24 +37,72 @@ WORD_PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's split without contractions, and with every digit on its own."""
 
 
-SHARES = {
-    "math": 1.5,
-    "math page": 5.0,
-    "code": 0.8,
-    "code page": 0.4,
-    "agent": 1.3,
-    "agent page": 0.3,
-    "writing": 1.0,
-    "writing page": 0.4,
-    "judge": 2.5,
-    "glossary": 5.0,
-    "echo": 1.0,
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One stretch of training on one corpus: warm-up, constant rates, then linear decay."""
+
+    mix: Mix
+    num_steps: int
+    learning_rate: float
+    """Of the matrices inside the layers, under Muon; on sums it needed half the tokens that AdamW did."""
+    embedding_learning_rate: float
+    """Of embeddings and norms, under AdamW."""
+    decay_share: float
+    """Last part of the phase, in which the rates fall."""
+    warmup_steps: int = 60
+    seed: int
+
+
+SKILLS = Phase(
+    mix=Mix(
+        shares={
+            "math": 1.5,
+            "math page": 5.0,
+            "code": 0.8,
+            "code page": 0.4,
+            "agent": 1.3,
+            "agent page": 0.3,
+            "writing": 1.0,
+            "writing page": 0.4,
+            "judge": 2.5,
+            "glossary": 5.0,
+            "echo": 1.0,
+        }
+    ),
+    num_steps=8_500,
+    learning_rate=5e-3,
+    embedding_learning_rate=3e-3,
+    decay_share=0.5,
+    seed=0,
+)
+JUDGING = Phase(
+    mix=Mix(
+        shares={
+            "math": 1.0,
+            "math page": 3.0,
+            "code": 0.7,
+            "code page": 0.3,
+            "agent": 1.1,
+            "agent page": 0.2,
+            "writing": 1.0,
+            "writing page": 0.3,
+            "judge": 6.0,
+            "glossary": 6.0,
+            "echo": 0.4,
+        }
+    ),
+    num_steps=2_600,
+    learning_rate=4e-3,
+    embedding_learning_rate=2e-3,
+    decay_share=0.6,
+    seed=1,
+)
+"""Judging is learned last of all skills: after ``SKILLS`` 66 % of the verdicts were right, after this 95 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyBase:
-    """Sizes, corpus and schedule."""
+    """Sizes and phases."""
 
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -62,17 +110,9 @@ class TinyBase:
     num_layers: int = 4
     num_heads: int = 4
     context: int = 512
-    mix: Mix = field(default_factory=lambda: Mix(shares=SHARES))
-    num_steps: int = 8_500
+    phases: tuple[Phase, ...] = (SKILLS, JUDGING)
     batch_rows: int = 8
     row_tokens: int = 128
-    learning_rate: float = 5e-3
-    """Of the matrices inside the layers, under Muon; on sums it needed half the tokens that AdamW did."""
-    embedding_learning_rate: float = 3e-3
-    """Of embeddings and norms, under AdamW."""
-    warmup_steps: int = 60
-    decay_share: float = 0.5
-    """Last part of training, in which the rates fall linearly."""
     seed: int = 0
 
 
@@ -138,14 +178,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> tuple[list
     return ids, labels
 
 
-def rows(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[int]]]:
+def rows(base: TinyBase, phase: Phase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids and labels of ``base.row_tokens`` each: whole documents of all kinds one after another, then padding.
 
     Documents in a row see the ones before them, which does no harm here; every row starts with a fresh document.
     """
     ids: list[int] = []
     labels: list[int] = []
-    for document in documents(base.mix, seed=base.seed):
+    for document in documents(phase.mix, seed=phase.seed):
         more_ids, more_labels = encode(tokenizer, document)
         if len(ids) + len(more_ids) > base.row_tokens:
             padding = base.row_tokens - len(ids)
@@ -154,23 +194,25 @@ def rows(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[l
         ids, labels = ids + more_ids[: base.row_tokens], labels + more_labels[: base.row_tokens]
 
 
-def batches(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of token ids and labels, both [B, T]."""
+def batches(
+    base: TinyBase, phase: Phase, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The phase's batches of token ids and labels, both [B, T]."""
     import torch
 
-    packed = rows(base, tokenizer)
-    while True:
+    packed = rows(base, phase, tokenizer)
+    for _ in range(phase.num_steps):
         batch = list(islice(packed, base.batch_rows))
         yield torch.tensor([ids for ids, _ in batch]), torch.tensor([labels for _, labels in batch])
 
 
-def schedule(base: TinyBase, step: int) -> float:
+def schedule(phase: Phase, step: int) -> float:
     """Warm-up, then constant, then linear to 3 % of the peak."""
-    left = (base.num_steps - step) / (base.decay_share * base.num_steps)
-    return min(1.0, (step + 1) / base.warmup_steps, max(0.03, left))
+    left = (phase.num_steps - step) / (phase.decay_share * phase.num_steps)
+    return min(1.0, (step + 1) / phase.warmup_steps, max(0.03, left))
 
 
-def optimizers(base: TinyBase, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(phase: Phase, model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
     import torch
 
@@ -178,22 +220,31 @@ def optimizers(base: TinyBase, model: LlamaForCausalLM) -> list[torch.optim.Opti
     chosen = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=base.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=base.embedding_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=phase.learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=phase.embedding_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def train(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model trained on ``base.num_steps`` batches; forward passes in bfloat16, weights in float32."""
+    """A model trained through all phases; forward passes in bfloat16, weights in float32, bfloat16 in the end."""
     import torch
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(base.seed)
-    model = LlamaForCausalLM(model_config(base, tokenizer)).train()
-    both = optimizers(base, model)
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(base, step)) for one in both]
+    model = LlamaForCausalLM(model_config(base, tokenizer))
+    for phase in base.phases:
+        train_phase(base, phase, tokenizer, model.float().train())
+        model = model.bfloat16()
+    return model.eval()
+
+
+def train_phase(base: TinyBase, phase: Phase, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
+    import torch
+
+    both = optimizers(phase, model)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(phase, step)) for one in both]
     start, num_tokens = time.monotonic(), 0
-    for step, (ids_BT, labels_BT) in enumerate(islice(batches(base, tokenizer), base.num_steps), start=1):
+    for step, (ids_BT, labels_BT) in enumerate(batches(base, phase, tokenizer), start=1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
@@ -205,16 +256,17 @@ def train(base: TinyBase, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
         num_tokens += ids_BT.numel()
         if step % 50 == 0:
             passed = time.monotonic() - start
-            print(f"step {step}/{base.num_steps} loss {loss.item():.3f} {num_tokens} tokens {passed:.0f} s", flush=True)
-    return model.eval()
+            print(
+                f"step {step}/{phase.num_steps} loss {loss.item():.3f} {num_tokens} tokens {passed:.0f} s", flush=True
+            )
 
 
 def build(base: TinyBase, out: Path) -> None:
     """Train everything and write the checkpoint to ``out``."""
-    texts = [text for document in sample(base.mix, count=20_000, seed=base.seed) for text in _texts(document)]
+    corpus = sample(base.phases[0].mix, count=20_000, seed=base.seed)
+    texts = [text for document in corpus for text in _texts(document)]
     tokenizer = build_tokenizer(texts, vocab_size=base.vocab_size, context=base.context)
-    model = train(base, tokenizer)
-    model.bfloat16().save_pretrained(out)
+    train(base, tokenizer).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -225,11 +277,9 @@ def _texts(document: Document) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base model from scratch.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=TinyBase().num_steps)
-    parser.add_argument("--seed", type=int, default=TinyBase().seed)
     arguments = parser.parse_args()
     start = time.monotonic()
-    build(TinyBase(num_steps=arguments.steps, seed=arguments.seed), arguments.out)
+    build(TinyBase(), arguments.out)
     print(f"wrote {arguments.out} in {time.monotonic() - start:.0f} s")
 
 

@@ -54,9 +54,9 @@ def domain(name: str, letter: str) -> Domain:
         reward=SaysLetter(),
         environment=SingleTurn(),
         sampling=Sampling(max_tokens=4),
-        sft=SFT(num_demonstrations=16, max_steps=3, batch_size=8, optim=Optim(learning_rate=1e-2), save_steps=1),
+        sft=SFT(num_demonstrations=16, max_steps=8, batch_size=8, optim=Optim(learning_rate=4e-3), save_steps=1),
         grpo=GRPO(
-            max_steps=3, groups_per_step=2, num_generations=4, beta=0.01, optim=Optim(learning_rate=1e-3), save_steps=1
+            max_steps=5, groups_per_step=2, num_generations=4, beta=0.01, optim=Optim(learning_rate=1e-3), save_steps=1
         ),
         max_sequence_tokens=64,
     )
@@ -68,7 +68,7 @@ def recipe() -> Recipe:
         model=Model(path="set-model-path", dtype="float32"),
         domains={"vowels": domain("vowels", "a"), "digits": domain("digits", "7")},
         distill=Distill(
-            teachers=SwapOnDemand(), max_steps=3, rollouts_per_step=8, optim=Optim(learning_rate=1e-3), save_steps=1
+            teachers=SwapOnDemand(), max_steps=5, rollouts_per_step=8, optim=Optim(learning_rate=1e-3), save_steps=1
         ),
         evaluation=Evaluation(num_tasks=6, num_samples=2, bootstrap_resamples=200),
         workers=Workers(threads_per_actor=1, max_retries=1),
