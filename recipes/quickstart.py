@@ -82,6 +82,6 @@ def recipe() -> Recipe:
             rollouts_per_step=64,
             optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5),
         ),
-        evaluation=Evaluation(num_tasks=200, num_samples=4),
+        evaluation=Evaluation(num_tasks=200, num_samples=2),
         substrate=Process(),
     )
