@@ -68,7 +68,7 @@ class Container:
         if not dockerd.is_running():
             raise SandboxUnavailable(
                 f"substrate 'container': no Docker daemon answers at {dockerd.SOCKET}; start it "
-                f"(systemctl start docker, or as root posttrain doctor), or {dockerd.INSTALL}"
+                f"(systemctl start docker, or as root python -m sandbox.dockerd), or {dockerd.INSTALL}"
             )
         if build.find("default") is None:
             raise SandboxUnavailable(

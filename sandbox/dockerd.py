@@ -1,4 +1,4 @@
-"""Starts a Docker daemon where there should be one and is none."""
+"""Starts a Docker daemon where there should be one and is none; as a program, also builds the sandbox image."""
 
 from __future__ import annotations
 
@@ -61,3 +61,9 @@ def _remove_stale(pid_file: Path) -> None:
         return
     if not Path("/proc", pid).exists():
         pid_file.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    start()
+    if build.find("default") is None:
+        build.build()

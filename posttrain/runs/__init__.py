@@ -1,0 +1,1 @@
+"""The run directory: metrics, rollouts, plots and the report."""

@@ -1,0 +1,40 @@
+"""What a run cost, from its metrics: the numbers a distillation must not hide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def summarise_costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Totals over the rollout stages, and the teacher costs of the distillation per step and per token."""
+    played = [line for line in metrics if "generated_tokens" in line]
+    distilled = [line for line in metrics if line["stage"] == "distill"]
+    costs: dict[str, Any] = {
+        "generated tokens": _total(played, "generated_tokens"),
+        "rollouts that failed": _total(played, "failed_rollouts"),
+        "rollouts unscored": _total([line for line in played if line["stage"] != "distill"], "unscored"),
+        "rollout workers replaced": _total(played, "actors_replaced"),
+        "padding share": _mean(played, "padding_share"),
+    }
+    if distilled:
+        cached_tokens = _total(distilled, "loss_tokens")
+        costs["distillation"] = {
+            "bytes cached per token": _total(distilled, "teacher/bytes_cached") / cached_tokens
+            if cached_tokens
+            else math.nan,
+            "teacher loads per step": _mean(distilled, "teacher/teacher_loads"),
+            "head loads per step": _mean(distilled, "teacher/head_loads"),
+            "seconds waiting for loads": _total(distilled, "teacher/load_wait_s"),
+        }
+    return costs
+
+
+def _total(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(sum(line[name] for line in lines if name in line and not math.isnan(line[name])))
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    found = [line[name] for line in lines if name in line and not math.isnan(line[name])]
+    return sum(found) / len(found) if found else math.nan
