@@ -23,8 +23,8 @@ def sft() -> SFT:
     return SFT(num_demonstrations=160, max_steps=10, batch_size=16, optim=Optim(learning_rate=2e-4))
 
 
-def grpo(steps: int = 25) -> GRPO:
-    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
+def grpo(steps: int = 25, *, learning_rate: float = 2e-4) -> GRPO:
+    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=learning_rate))
 
 
 def math() -> Domain:
@@ -34,7 +34,9 @@ def math() -> Domain:
         environment=SingleTurn(),
         sampling=Sampling(max_tokens=12),
         sft=sft(),
-        grpo=grpo(),
+        # Sums are a matter of knowledge, not of form: twice the rate lost accuracy in greedy decoding.
+        grpo=grpo(70, learning_rate=1e-4),
+        share=1.5,
     )
 
 
