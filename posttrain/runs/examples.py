@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posttrain.runs.durable import Record, iter_jsonl
-from posttrain.runs.rundir import RunDir
+from posttrain.runs.rundir import RunDir, StageDir
+from posttrain.types import ScoreStatus
 
 PER_KIND = 3
+LATEST = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,22 +26,24 @@ class Examples:
 def pick_examples(rundir: RunDir) -> Mapping[str, Examples]:
     """Examples per domain, from the evaluation where it kept rollouts, else from the latest training steps."""
     by_domain: dict[str, list[Record]] = {}
-    for source in _sources(rundir):
-        found: dict[str, list[Record]] = {}
-        for record in source:
-            found.setdefault(record["domain"], []).append(record)
-        for domain, records in found.items():
+    stages = sorted(rundir.stages(), key=lambda stage: (stage.name != "evaluate", stage.name))
+    for stage in stages:
+        for domain, records in _latest(stage).items():
             by_domain.setdefault(domain, records)
     return {domain: _pick(records) for domain, records in sorted(by_domain.items())}
 
 
-def _sources(rundir: RunDir) -> Iterable[list[Record]]:
-    """Rollouts of each stage, the most telling stage first."""
-    stages = sorted(rundir.stages(), key=lambda stage: (stage.name != "evaluate", stage.name))
-    for stage in stages:
-        records = ({**record, "stage": stage.name} for record in iter_jsonl(stage.rollouts))
-        # A stage's log can be long; its last rollouts show what was learnt. The student's come before others'.
-        yield heapq.nlargest(2000, records, key=lambda record: (record["model"] == "student", record["step"]))
+def _latest(stage: StageDir) -> Mapping[str, list[Record]]:
+    """The last rollouts of a stage by domain, the student's first. Those nobody meant to score are left out."""
+    found: dict[str, list[Record]] = {}
+    for record in iter_jsonl(stage.rollouts):
+        if record["score"] is not None or record["status"] != ScoreStatus.OK:
+            found.setdefault(record["domain"], []).append({**record, "stage": stage.name})
+    # A stage's log can be long; its last rollouts show what was learnt.
+    return {
+        domain: heapq.nlargest(LATEST, records, key=lambda record: (record["model"] == "student", record["step"]))
+        for domain, records in found.items()
+    }
 
 
 def _pick(records: Sequence[Record]) -> Examples:
