@@ -271,3 +271,10 @@ def test_a_prompt_longer_than_the_window_only_loses_its_own_rollouts():
     assert [[score.value for score in group.scores] for group in groups] == [[2.0, 2.0], [None, None]]
     for rollout in groups[1].rollouts:
         assert "raise Domain.max_sequence_tokens or shorten the prompt" in rollout.error
+
+
+def test_cispo_without_a_cap_of_its_own_is_refused():
+    for cap in (None, 0.28):
+        with pytest.raises(ValueError, match=r"epsilon_high.*absolute cap"):
+            GRPO(loss_type="cispo", epsilon_high=cap)
+    assert GRPO(loss_type="cispo", epsilon_high=5.0).epsilon_high == 5.0

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -196,11 +197,15 @@ VARIANTS = {
 }
 
 
+def settings(loss_type: str, **fields: Any) -> GRPO:
+    """For cispo ``epsilon_high`` is the cap of the ratio itself, so its values are other ones."""
+    return GRPO(loss_type=loss_type, **{**fields, **({"epsilon_high": 1.2} if loss_type == "cispo" else {})})
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_equals_trl_in_loss_and_gradient(trainer, rows, loss_type, variant):
-    fields = {**({"epsilon_high": 1.2} if loss_type == "cispo" else {}), **VARIANTS[variant]}
-    config = GRPO(loss_type=loss_type, **fields)
+    config = settings(loss_type, **VARIANTS[variant])
     expected, expected_gradient = trl_loss(trainer, rows, config)
     found, gradient, _ = our_loss([rows], config)
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -218,7 +223,7 @@ def test_every_variant_changes_the_gradient(rows, variant):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_packing_does_not_change_the_step(rows, loss_type):
-    config = GRPO(loss_type=loss_type, beta=0.1, off_policy_mask_threshold=0.5, entropy_coef=0.01)
+    config = settings(loss_type, beta=0.1, off_policy_mask_threshold=0.5, entropy_coef=0.01)
     whole, whole_gradient, whole_metrics = our_loss([rows], config)
     for micro_batches in (
         [[row] for row in rows],
@@ -280,8 +285,8 @@ def test_no_tokens_give_zero(loss_type, level):
         segment=torch.zeros(0, dtype=torch.int64),
         num_segments=2,
     )
-    config = GRPO(
-        loss_type=loss_type,
+    config = settings(
+        loss_type,
         importance_sampling_level=level,
         beta=0.1,
         entropy_coef=0.1,
