@@ -1,4 +1,7 @@
-"""Three specialists of SmolLM2-135M-Instruct merged into one student: CPU only, about an hour on two cores."""
+"""Three specialists of a real model, SmolLM2-135M-Instruct, merged into one student on a CPU.
+
+The agent works in Docker containers: start the daemon and build the image with ``python -m sandbox.dockerd``.
+"""
 
 from posttrain.config import GRPO, SFT, Distill, Domain, Evaluation, Model, Optim, Recipe, Workers
 from posttrain.rollout.environments import SingleTurn, ToolUse
@@ -50,8 +53,8 @@ def math() -> Domain:
         reward=MathReward(),
         environment=SingleTurn(),
         sampling=Sampling(max_tokens=48),
-        sft=sft(8),
-        grpo=grpo(24, groups=10),
+        sft=sft(16),
+        grpo=grpo(30, groups=10),
     )
 
 
