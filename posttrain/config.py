@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from posttrain.errors import RecipeError
 from posttrain.protocols import Environment, GroupReward, Reward, Substrate, TaskSource, Teacher, TeacherLibrary
@@ -183,7 +183,8 @@ class Domain(Value):
     sampling: Sampling = Sampling()
     sft: SFT | None = None
     grpo: GRPO | None = None
-    teacher: Teacher | None = None
+    # Not checked here: on Python 3.11 an isinstance check would read the fingerprint, and so the checkpoint.
+    teacher: SkipValidation[Teacher | None] = None
     """A ready-made specialist, instead of training one here."""
     weight: float = Field(default=1.0, gt=0)
     """w_i of the OPD objective."""

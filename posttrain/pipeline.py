@@ -18,6 +18,7 @@ import numpy as np
 from posttrain.config import Evaluation, Recipe
 from posttrain.errors import RecipeError
 from posttrain.preflight import check_disk, check_recipe, disk_needed
+from posttrain.protocols import Playable
 from posttrain.runs.costs import summarise_costs
 from posttrain.runs.durable import read_json
 from posttrain.runs.evaluation import DomainEvaluation, load_evaluations
@@ -110,12 +111,22 @@ def _run_stage(session: Session, stage: Stage) -> None:
 
         distilled = session.run.stage("distill")
         student = str(distilled.final) if distilled.done is not None else None
-        entrants = contestants(session, finals(session, "sft"), finals(session, "grpo"), student)
+        reinforced = {**ready_made(session.recipe), **finals(session, "grpo")}
+        entrants = contestants(session, finals(session, "sft"), reinforced, student)
         run_evaluate_stage(session, directory, list(entrants))
     directory.mark_done({"seconds": time.monotonic() - begun})
     # Only an unfinished stage resumes; its optimizer states are the bulk of what a run writes.
     shutil.rmtree(directory.checkpoints, ignore_errors=True)
     session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
+
+
+def ready_made(recipe: Recipe) -> dict[str, str]:
+    """Domain -> checkpoint of every teacher that the recipe names and that is a checkpoint by itself."""
+    found: dict[str, str] = {}
+    for name, domain in recipe.domains.items():
+        if isinstance(domain.teacher, Playable):
+            found[name] = domain.teacher.checkpoint
+    return found
 
 
 def specialists(session: Session) -> dict[str, str]:

@@ -226,6 +226,14 @@ class Teacher(Protocol):
     def load(self, device: str) -> TeacherModel: ...
 
 
+@runtime_checkable
+class Playable(Protocol):
+    """A teacher that is a checkpoint of its own, so that it can be measured beside its student."""
+
+    @property
+    def checkpoint(self) -> str: ...
+
+
 class StateStore(Protocol):
     """Keeps hidden states between the teacher's forward pass and the learner's use of them."""
 

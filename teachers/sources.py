@@ -47,6 +47,10 @@ class HFTeacher:
         return _digest(self.dtype, _folder_digest(_local_folder(self.path)))
 
     @property
+    def checkpoint(self) -> str:
+        return self.path
+
+    @property
     def tokenizer_path(self) -> str:
         return self.path
 
