@@ -8,13 +8,20 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from posttrain.config import Recipe
+import pydantic
+
+from posttrain import config
+from posttrain.config import Recipe, Value
 from posttrain.errors import RecipeError
-from posttrain.overrides import apply_overrides
+from posttrain.overrides import apply_overrides, explain
+
+_VALIDATION = (str(Path(pydantic.__file__).parent), config.__file__)
+"""Files that stand between a recipe and the complaint about one of its values."""
 
 
 def list_recipes() -> dict[str, str]:
@@ -25,7 +32,10 @@ def list_recipes() -> dict[str, str]:
     for info in pkgutil.iter_modules(recipes.__path__):
         source = Path(next(iter(recipes.__path__)), f"{info.name}.py")
         if not info.ispkg and "def recipe(" in source.read_text(encoding="utf-8"):
-            module = importlib.import_module(f"recipes.{info.name}")
+            try:
+                module = importlib.import_module(f"recipes.{info.name}")
+            except pydantic.ValidationError as failure:
+                raise _wrong_value(f"recipes.{info.name}", failure) from failure
             found[info.name] = (inspect.getdoc(module) or "").partition("\n")[0]
     return found
 
@@ -36,6 +46,13 @@ def load_recipe(target: str, overrides: Iterable[str] = ()) -> Recipe:
     ``target`` is a short name (``quickstart``), a module (``recipes.quickstart``, ``my_company.runs``), a file
     (``./my_recipe.py``), any of them with ``:function``. Raises ``RecipeError``.
     """
+    try:
+        return apply_overrides(_build(target), overrides)
+    except pydantic.ValidationError as failure:
+        raise _wrong_value(target, failure) from failure
+
+
+def _build(target: str) -> Recipe:
     where, _, function = target.partition(":")
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)
     build: Callable[[], Recipe] | None = getattr(module, function or "recipe", None)
@@ -44,7 +61,22 @@ def load_recipe(target: str, overrides: Iterable[str] = ()) -> Recipe:
     made = build()
     if not isinstance(made, Recipe):
         raise RecipeError(f"recipe {target!r}: {build.__name__}() returned {type(made).__name__}, expected a Recipe")
-    return apply_overrides(made, overrides)
+    return made
+
+
+def _wrong_value(target: str, failure: pydantic.ValidationError) -> RecipeError:
+    """What pydantic found wrong, by field, and which line gave it that."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    line = [frame for frame in frames if not frame.filename.startswith(_VALIDATION)][-1]
+    # Pydantic tells the class by its name only.
+    owner = next((kind for kind in _kinds(Value) if kind.__name__ == failure.title), failure.title)
+    return RecipeError(f"recipe {target!r}, line {line.lineno} of {line.filename}: {explain(failure, owner)}")
+
+
+def _kinds(base: type[Value]) -> Iterator[type[Value]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
 
 
 def _load_module(name: str) -> ModuleType:

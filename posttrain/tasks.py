@@ -22,7 +22,8 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 class DatasetTasks:
     """One task a row. Rows are split into train and held-out by a hash of their prompt, so no task is in both.
 
-    The columns are checked against the data before a run starts.
+    Columns and rows are checked before a run starts: a prompt, an answer or a demonstration that is mapped to a column
+    must be there in every row.
     """
 
     domain: str
@@ -75,6 +76,8 @@ class DatasetTasks:
         rows = [dict(row) for row in data]
         if not rows:
             raise RecipeError(f"data set {self.path!r} split {self.split!r} is empty; expected at least one row")
+        for number, row in enumerate(rows, start=1):
+            self._check_row(number, row)
         return [(row, _bucket(row[self.prompt]) < self.heldout_fraction) for row in rows]
 
     def _load(self) -> Any:
@@ -82,13 +85,21 @@ class DatasetTasks:
 
         file = Path(self.path)
         builder = _BUILDERS.get(file.suffix)
-        if builder is None:
-            return datasets.load_dataset(self.path, self.config_name, split=self.split)
-        if not file.is_file():
+        if builder and not file.is_file():
             raise RecipeError(f"data file {self.path!r} does not exist; give the path of a {file.suffix} file")
-        if file.stat().st_size == 0:
+        if builder and file.stat().st_size == 0:
             raise RecipeError(f"data file {self.path!r} is empty; expected at least one row")
-        return datasets.load_dataset(builder, data_files=str(file), split="train")
+        try:
+            if builder:
+                return datasets.load_dataset(builder, data_files=str(file), split=self.split)
+            return datasets.load_dataset(self.path, self.config_name, split=self.split)
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as failure:
+            # The library lists the splits or configurations that exist; the row is in its cause, by chunk only.
+            reason = (file.suffix == ".jsonl" and _broken_line(file)) or str(failure.__cause__ or failure).strip(" .\n")
+            raise RecipeError(
+                f"DatasetTasks(path={self.path!r}, config_name={self.config_name!r}, split={self.split!r}) cannot be "
+                f"read: {reason}; correct that setting or the data"
+            ) from failure
 
     def _check_columns(self, columns: Sequence[str]) -> None:
         wanted = {"prompt": self.prompt, "answer": self.answer, "demonstration": self.demonstration}
@@ -98,6 +109,22 @@ class DatasetTasks:
                 raise RecipeError(
                     f"DatasetTasks.{setting} = {column!r}: data set {self.path!r} has no such column; its columns "
                     f"are {', '.join(columns)}"
+                )
+
+    def _check_row(self, number: int, row: Mapping[str, Any]) -> None:
+        for setting, column, expected in (
+            ("prompt", self.prompt, "a text, or chat messages that all have a role and a content"),
+            ("answer", self.answer, "an answer"),
+            ("demonstration", self.demonstration, "an answer to imitate"),
+        ):
+            if column is None:
+                continue
+            value = row[column]
+            if value is None or (setting == "prompt" and not _is_prompt(value)):
+                raise RecipeError(
+                    f"data set {self.path!r} split {self.split!r}, row {number} (counted from 1): "
+                    f"DatasetTasks.{setting} = {column!r} is {value!r:.80}; expected {expected}; correct the row or "
+                    "leave it out"
                 )
 
     def _task(self, row: Mapping[str, Any]) -> Task:
@@ -119,6 +146,25 @@ class DatasetTasks:
             asked = [{"role": m["role"], "content": m["content"]} for m in prompt]
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return (*system, *asked)
+
+
+def _is_prompt(asked: Any) -> bool:
+    if not isinstance(asked, list):
+        return isinstance(asked, str)
+    return bool(asked) and all(isinstance(m.get(key), str) for m in asked for key in ("role", "content"))
+
+
+def _broken_line(file: Path) -> str:
+    """What is wrong in the first line that is no JSON object; empty when all are."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                is_object = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                return f"line {number} is {line.decode(errors='replace').strip()!r:.80}, expected one JSON object"
+    return ""
 
 
 def _said(text: Any) -> Message:

@@ -1,5 +1,6 @@
 import pytest
 
+import recipes
 from posttrain.cli import main
 from posttrain.errors import RecipeError
 from posttrain.loader import list_recipes, load_recipe
@@ -49,6 +50,43 @@ def test_an_unknown_recipe_lists_what_exists():
 def test_a_module_without_a_recipe_says_so(recipe_file, target, part):
     with pytest.raises(RecipeError, match=part.replace("(", r"\(").replace(")", r"\)")):
         load_recipe(target.format(file=recipe_file))
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (
+            "GRPO(max_step=3)",
+            ["GRPO.max_step = 3: GRPO has no field 'max_step'; did you mean 'max_steps'? Fields: beta,"],
+        ),
+        (
+            "Model(path='x', lora={'ranks': 1})",
+            ["Model.lora.ranks = 1", "did you mean 'rank'? Fields: alpha, dropout,"],
+        ),
+        ("GRPO(max_steps='many', beta=-1)", ["GRPO.max_steps = 'many': expected a valid integer", "GRPO.beta = -1"]),
+        ("Domain(tasks=3)", ["Domain.tasks = 3: expected an instance of TaskSource", "Domain.reward is missing"]),
+        ("GRPO(loss_type='cispo')", [": grpo.epsilon_high = None with loss_type = 'cispo'", "set epsilon_high"]),
+        ("quickstart().replace(seed='x')", ["Recipe.seed = 'x': expected a valid integer"]),
+    ],
+)
+@pytest.mark.parametrize("where", ["at import", "in recipe()"])
+def test_a_wrong_value_ends_with_its_field_its_line_and_status_2(tmp_path, capsys, value, parts, where):
+    file = tmp_path / "wrong_values.py"
+    line = f"WRONG = {value}" if where == "at import" else f"def recipe(): return {value}"
+    file.write_text(f"from posttrain.config import *\nfrom recipes.quickstart import recipe as quickstart\n{line}\n")
+    assert main(["show", str(file)]) == 2
+    message = capsys.readouterr().err
+    for part in [f"recipe '{file}', line 3 of {file}: ", *parts]:
+        assert part in message
+
+
+def test_listing_names_the_recipe_with_a_wrong_value(tmp_path, monkeypatch, capsys):
+    (tmp_path / "wrong_values.py").write_text(
+        "from posttrain.config import SFT\nWRONG = SFT(steps=3)\ndef recipe(): ...\n"
+    )
+    monkeypatch.setattr(recipes, "__path__", [str(tmp_path)])
+    assert main(["list"]) == 2
+    assert "recipe 'recipes.wrong_values', line 2 of " in capsys.readouterr().err
 
 
 def test_a_missing_import_inside_a_recipe_is_not_hidden(tmp_path):

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -6,12 +6,13 @@ from posttrain.config import GRPO, SFT, Domain, Lora, Model, Recipe
 from posttrain.errors import RecipeError
 from posttrain.overrides import apply_overrides
 from posttrain.rollout.environments import SingleTurn
-from posttrain.types import Score, Task
+from posttrain.types import SandboxSpec, Score, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
     digits: int = 2
+    limits: SandboxSpec = field(default_factory=SandboxSpec)
 
     def train(self, *, seed):
         yield Task(id=f"train-{seed}", domain="math", prompt=({"role": "user", "content": "1+1"},))
@@ -69,6 +70,15 @@ def test_an_override_is_typed_by_its_field(override, read, expected):
         ("domains.math.grpo.loss_type=ppo", ["'grpo'", "'dapo'"]),
         ("domains.math.sampling.temperature=-1", ["temperature", ">= 0"]),
         ("domains.math.tasks.digits=x", ["digits=x", "integer"]),
+        ("domains.math.grpo.max_steps=many", ["GRPO.max_steps = 'many': expected a valid integer", ". Fields: beta, "]),
+        ("domains.math.grpo.xyz=3", ["GRPO has no field 'xyz'. Fields: beta, "]),
+        ('domains.math.grpo={"max_step": 3}', ["grpo.max_step = 3", "did you mean 'max_steps'? Fields: beta, "]),
+        ("domains.math.tasks.digits=x", ["Tasks.digits = 'x': expected a valid integer", ". Fields: digits"]),
+        ("model.lora=8", ["expected a valid dictionary or instance of Lora. Fields: alpha, "]),
+        ("domains.math.sampling=8", ["expected a dictionary or an instance of Sampling. Fields: max_tokens, "]),
+        ("domains.math.tasks.limits=8", ["Tasks.limits = '8'", "instance of SandboxSpec. Fields: cpus, "]),
+        ("domains.math=3", ["whole entry", "Fields: environment, grpo, "]),
+        ("domains.math.weight.x=3", ["domains.math.weight = 1.0 is of type float", "set it as a whole"]),
         ("seed", ["path=value"]),
         ("distill.max_steps=3", ["distill"]),
     ],

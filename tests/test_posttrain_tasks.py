@@ -69,3 +69,45 @@ def test_an_empty_or_absent_file_says_so(tmp_path):
         source(empty).heldout(count=1)
     with pytest.raises(RecipeError, match="does not exist"):
         source(tmp_path / "absent.jsonl").heldout(count=1)
+
+
+GOOD = {"question": "1 + 1?", "gold": "2"}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('{"question": "x"', r"""line 2 is '{"question": "x"', expected one JSON object"""),
+        ("42", "line 2 is '42', expected one JSON object"),
+        ('{"question": null, "gold": "2"}', r"row 2 .*prompt = 'question' is None; expected a text"),
+        ('{"question": "x", "gold": null}', r"row 2 .*answer = 'gold' is None; expected an answer"),
+        ('{"question": "x"}', r"row 2 .*answer = 'gold' is None; .*correct the row or leave it out"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(file, second, message):
+    file.write_text(f"{json.dumps(GOOD)}\n{second}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(RecipeError, match=f"{file.name}.*'train'.*{message}"):
+        source(file).heldout(count=1)
+
+
+def test_a_missing_demonstration_or_message_content_is_named(file):
+    file.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD | {'gold': None})}\n")
+    with pytest.raises(RecipeError, match=r"row 2 .*demonstration = 'gold' is None; expected an answer to imitate"):
+        source(file, answer=None).demonstrations(count=1, seed=0)
+    file.write_text(json.dumps({"question": [{"role": "user", "content": None}]}))
+    with pytest.raises(RecipeError, match=r"row 1 .*prompt = 'question' is \[.*chat messages that all have a role"):
+        source(file, answer=None, demonstration=None).heldout(count=1)
+
+
+@pytest.mark.parametrize("setting", ["split", "config_name"])
+def test_an_unknown_split_or_configuration_lists_what_exists(file, setting):
+    exists = {"split": r"\['train', 'test'\]", "config_name": r"\['default'\]"}[setting]
+    file.rename(file.with_name("train.jsonl"))
+    file.with_name("test.jsonl").write_text(json.dumps(GOOD))
+    with pytest.raises(RecipeError, match=f"{setting}='tset'.*{exists}; correct that setting"):
+        source(file.parent, **{setting: "tset"}).heldout(count=1)
+
+
+def test_a_file_has_one_split(file):
+    with pytest.raises(RecipeError, match=r"split='test'.*\['train'\]"):
+        source(file, split="test").heldout(count=1)
