@@ -42,8 +42,10 @@ def plain(value, type=type, repr=repr, TypeError=TypeError):
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return [kind.__name__, value]
-    if kind is int or kind is float or kind is complex or kind is bytes:
+    if kind is int or kind is float or kind is complex:
         return [kind.__name__, repr(value)]
+    if kind is bytes:
+        return ["bytes", value.hex()]
     if kind is list or kind is tuple or kind is set or kind is frozenset:
         return [kind.__name__, [plain(item) for item in value]]
     if kind is dict:
@@ -116,10 +118,12 @@ class CodeReward:
         frames = _read_frames(result)
         parts = {f"test_{i}": float(_passed(frames.get(i), test)) for i, test in enumerate(tests)}
         share = sum(parts.values()) / len(parts)
+        explanation = _explain(result, frames, tests, parts) if share < 1.0 else f"All {len(tests)} tests pass."
         return Score(
             value=share if self.partial else float(share == 1.0),
             parts=parts,
-            explanation=_explain(result, frames, tests, parts) if share < 1.0 else f"All {len(tests)} tests pass.",
+            # The program's words may hold lone surrogates, which no file could take.
+            explanation=explanation.encode(errors="replace").decode(),
         )
 
 

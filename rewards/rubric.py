@@ -110,8 +110,9 @@ def judged_text(text: str) -> str:
 class RubricReward:
     """Scores a response by a rubric, one judge call per criterion and vote, all at once.
 
-    A reply that stays unreadable after the retries leaves its criterion without a score; a rubric none of whose judge
-    criteria got one gives ``value=None``. ``JudgeError`` from the judge itself propagates.
+    A vote that stays unreadable after the retries is left out. A criterion that matters (a weight above 0, or a veto)
+    and got no readable vote makes ``value=None``: leaving it out would let a judge's failure raise the score. So does
+    a rubric none of whose judge criteria has a score. ``JudgeError`` from the judge itself propagates.
     """
 
     rubric: Rubric
@@ -162,9 +163,16 @@ class RubricReward:
     async def _judge_all(
         self, criteria: Sequence[Criterion], rollout: Rollout, response: str
     ) -> Mapping[str, tuple[Judgment, ...]]:
-        votes = [self._vote(c, rollout, response, vote) for c in criteria for vote in range(self.votes)]
-        answers = await asyncio.gather(*votes)
-        return {c.id: tuple(answers[i * self.votes : (i + 1) * self.votes]) for i, c in enumerate(criteria)}
+        try:
+            # A task group, since gather would leave the other calls running, and paid for, after one has failed.
+            async with asyncio.TaskGroup() as group:
+                votes = {
+                    c.id: [group.create_task(self._vote(c, rollout, response, vote)) for vote in range(self.votes)]
+                    for c in criteria
+                }
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return {name: tuple(task.result() for task in tasks) for name, tasks in votes.items()}
 
     async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> Judgment:
         """One readable verdict, asking again with new seeds; ``unreadable`` when there is none."""
@@ -255,14 +263,20 @@ def _unscorable(
     na: str,
 ) -> str | None:
     """Why the verdicts allow no value at all; None when they do."""
+    unread = [
+        c.id
+        for c in criteria
+        if (c.weight > 0 or c.veto) and c.id in judgments and all(j.verdict == UNREADABLE for j in judgments[c.id])
+    ]
+    if unread:
+        return f"criterion {unread[0]} could not be read, last reply {judgments[unread[0]][-1].reply[-200:]!r}"
     missing = [name for name, score in judged.items() if score is None]
     if missing and len(missing) == len(judged):
         last = judgments[missing[0]][-1]
         return f"no judge criterion could be scored; {missing[0]} is {last.verdict}, last reply {last.reply[-200:]!r}"
     if missing and na == "fail":
         return f"criterion {missing[0]} could not be assessed, and the rubric says na = fail"
-    unread_vetoes = [c.id for c in criteria if c.veto and c.id in missing and judgments[c.id][0].verdict == UNREADABLE]
-    return f"veto criterion {unread_vetoes[0]} could not be read" if unread_vetoes else None
+    return None
 
 
 def _explain(parts: Mapping[str, float | None], total: Total) -> str:

@@ -27,7 +27,7 @@ def read_value(tagged: Any) -> Any:
     """The value of a ``[type name, payload]`` pair, containers nested; ``MALFORMED`` for anything else."""
     try:
         return _read(tagged)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return MALFORMED
 
 
@@ -45,11 +45,6 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
     return check
 
 
-def _bytes(payload: str) -> bytes:
-    value = ast.literal_eval(payload)
-    return bytes(_exactly(bytes)(value))
-
-
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "NoneType": _exactly(type(None)),
     "bool": _exactly(bool),
@@ -57,7 +52,8 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "int": lambda payload: int(_exactly(str)(payload)),
     "float": lambda payload: float(_exactly(str)(payload)),
     "complex": lambda payload: complex(_exactly(str)(payload)),
-    "bytes": _bytes,
+    # In hex, since a parser of Python has too many ways to fail on a text that was made to break it.
+    "bytes": bytes.fromhex,
     "list": lambda payload: [_read(item) for item in payload],
     "tuple": lambda payload: tuple(_read(item) for item in payload),
     "set": lambda payload: {_read(item) for item in payload},

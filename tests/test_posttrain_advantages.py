@@ -46,7 +46,8 @@ def test_groups_may_differ_in_size_and_be_empty_or_unscored():
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_equal_scores_give_exactly_zero(scale_rewards):
-    assert group_advantages([[0.5] * 4, [0.5, 0.5]], scale_rewards) == [[0.0] * 4, [0.0, 0.0]]
+    assert group_advantages([[0.5] * 4, [0.1] * 3], scale_rewards) == [[0.0] * 4, [0.0] * 3]
+    assert group_advantages([[0.7, None] * 6], scale_rewards) == [[0.0, None] * 6]
 
 
 def test_group_scale_is_the_sample_deviation():

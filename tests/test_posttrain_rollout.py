@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from posttrain.config import GRPO, Workers
 from posttrain.errors import JudgeError, SandboxLost
@@ -34,6 +35,7 @@ from posttrain.types import (
     Task,
     Turn,
 )
+from rewards.agent import FinalStateReward
 from sandbox.local import LocalUnsafe
 from tests.tiny_models import END, FakeSubstrate, Reply, ScriptedEngine, said, spell, tiny_chat
 
@@ -156,6 +158,45 @@ def test_tools_run_in_a_real_box():
         "(no output)",
         "(no output)\n(killed: timeout)",
     ]
+
+
+def test_a_command_with_a_nul_byte_is_answered_and_not_a_failure():
+    substrate = LocalUnsafe(i_accept_that_model_written_code_runs_unisolated=True)
+    asked = job(task(sandbox=SandboxSpec()), environment=ToolUse(), reward=Constant())
+    [group] = play(asked, script=by_turn("```bash\nls \0\n```", "done"), substrate=substrate)
+    [rollout] = group.rollouts
+    assert (rollout.stop, group.scores[0].value) == (StopReason.FINISHED, 1.0)
+    assert "NUL" in rollout.turns[0].observations[0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("command", "value", "why"),
+    [
+        ("rm bad; mkdir bad", 1.0, "All 1"),
+        (":", 0.0, "Forbidden file 'bad'"),
+        ("seq 100 > bad", 0.0, "Forbidden file 'bad'"),
+        ("ln -sf /dev/null bad", 0.0, "Forbidden file 'bad'"),
+        ("rm bad; seq 100 > good", 0.0, "'good' has the wrong content"),
+        ("rm bad good", 0.0, "'good' is missing"),
+    ],
+)
+def test_forbidden_and_oversized_files_reach_the_grading(command, value, why):
+    substrate = LocalUnsafe(i_accept_that_model_written_code_runs_unisolated=True)
+    asked = task(
+        sandbox=SandboxSpec(files={"bad": b"", "good": b""}), expected_files={"good": ""}, forbidden_files=["x/../bad"]
+    )
+    environment = ToolUse(max_artifact_bytes=64)
+    script = by_turn(f"```bash\n{command}\n```", "done")
+    [group] = play(job(asked, environment=environment, reward=FinalStateReward()), script=script, substrate=substrate)
+    assert group.scores[0].value == value
+    assert why in group.scores[0].explanation
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "a/../../b", "."])
+def test_a_task_that_names_a_file_outside_the_box_says_so(path):
+    asked = task(sandbox=SandboxSpec(), forbidden_files=[path])
+    [group] = play(job(asked, environment=ToolUse(), reward=Constant()), substrate=FakeSubstrate())
+    assert "below the workdir" in group.rollouts[0].error
 
 
 def test_a_long_observation_keeps_head_and_tail():
@@ -380,6 +421,52 @@ def test_a_reward_that_raises_leaves_one_rollout_unscored(error, status):
     assert [score.value for score in group.scores] == [1.0, None, 1.0]
     assert group.scores[1].status is status
     assert str(error) in group.scores[1].error
+
+
+@dataclass(frozen=True)
+class Gives:
+    """Scores one rollout with what it was made with, alone or as one of a group."""
+
+    answer: Any
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        return self.answer if rollout.id.endswith("/1") else Score(value=1)
+
+
+@dataclass(frozen=True)
+class GivesGroup:
+    answer: Any
+
+    async def score_group(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
+        return [await Gives(self.answer).score(rollout) for rollout in rollouts]
+
+
+@pytest.mark.parametrize("kind", [Gives, GivesGroup])
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (Score(value=math.nan), "Score.value = nan"),
+        (Score(value=-math.inf), "Score.value = -inf"),
+        (Score(value=10**400), "Score.value = 1000"),
+        (Score(value="1"), "Score.value = '1'"),
+        (Score(value=np.zeros(2)), "Score.value = array"),
+        (0.5, "gave 0.5"),
+        (None, "gave None"),
+    ],
+)
+def test_an_answer_that_no_step_could_use_leaves_its_rollout_unscored(kind, answer, found):
+    [group] = play(job(reward=kind(answer), num_rollouts=3))
+    assert [score.value for score in group.scores] == [1.0, None, 1.0]
+    assert group.scores[1].status is ScoreStatus.REWARD_ERROR
+    for words in (kind.__name__, found, "finite number"):
+        assert words in group.scores[1].error
+
+
+@pytest.mark.parametrize("value", [True, np.float32(1), np.bool_(True), np.array(1.0), torch.tensor(1)])
+def test_a_value_that_is_a_number_becomes_a_float(value):
+    [group] = play(job(reward=Gives(Score(value=value)), num_rollouts=2))
+    assert group.scores[1].value == 1.0
+    assert type(group.scores[1].value) is float
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import json
 import math
 import os
 import signal
@@ -151,6 +152,24 @@ def test_tricks_and_mistakes_earn_nothing(program: str) -> None:
     assert score.explanation
 
 
+def test_a_forged_frame_is_the_programs_fault() -> None:
+    frame = b'[0,"value",["bytes","("]]\n'
+    score = grade(f"""
+import contextlib, os
+for fd in range(3, 20):
+    with contextlib.suppress(OSError):
+        os.write(fd, {frame!r})
+os._exit(0)
+""")
+    assert score.value == 0.0
+    assert "f(3) gives" in score.explanation
+
+
+def test_the_programs_words_can_be_written_down() -> None:
+    score = grade(r"raise Exception('\ud800')")
+    assert score.explanation.encode() == b"The program raises Exception: ?."
+
+
 def test_endless_program_is_its_own_fault() -> None:
     score = grade("def f(x):\n    while x > 0: pass\n    return x * x", timeout_s=1.0)
     assert score.value == 0.0
@@ -249,6 +268,11 @@ def test_equal_literals_are_the_same_value(value: Any) -> None:
         ["bool", 1],
         ["set", [["list", []]]],
         ["bytes", "f()"],
+        ["bytes", "("],
+        ["bytes", "-" * 100_000 + "1"],
+        ["bytes", ["00"]],
+        ["int", "9" * 5000],
+        json.loads('["list", [' * 400 + '["int", "1"]' + "]]" * 400),
     ],
 )
 def test_forged_frames_are_malformed(tagged: Any) -> None:

@@ -149,11 +149,26 @@ def test_unreadable_judge_is_none_and_not_zero() -> None:
     assert score.parts == {"a": None, "n": 1.0}
 
 
-def test_one_unreadable_criterion_is_left_out_but_an_unread_veto_is_not() -> None:
-    score = grade({"a": "garbage", "b": "met"}, judged("a"), judged("b"))
-    assert (score.value, score.status) == (1.0, ScoreStatus.OK)
-    score = grade({"a": "garbage", "b": "met"}, judged("a", veto=True), judged("b"))
+@pytest.mark.parametrize("unread", [judged("a"), judged("a", polarity="penalty"), judged("a", 0, "penalty", veto=True)])
+@pytest.mark.parametrize("na", ["skip", "zero", "fail"])
+def test_an_unreadable_criterion_that_matters_leaves_the_rollout_unscored(unread: dict[str, Any], na: str) -> None:
+    score = grade({"a": "garbage", "b": "met"}, unread, judged("b"), na=na)
     assert (score.value, score.status) == (None, ScoreStatus.PARSE_ERROR)
+    assert "criterion a could not be read" in str(score.error)
+
+
+def test_an_unreadable_criterion_that_is_only_reported_is_left_out() -> None:
+    score = grade({"a": "garbage", "b": "met"}, judged("a", 0), judged("b"))
+    assert (score.value, score.status) == (1.0, ScoreStatus.OK)
+
+
+@pytest.mark.parametrize("labels", [["cannot_assess", "garbage"], ["garbage", "cannot_assess"]])
+@pytest.mark.parametrize("veto", [False, True])
+def test_one_readable_abstention_among_the_votes_is_an_abstention(labels: list[str], veto: bool) -> None:
+    def vote(criterion: str, call: int) -> str:
+        return "met" if criterion == "b" else labels[call]
+
+    assert grade(vote, judged("a", veto=veto), judged("b"), votes=2, max_retries=0).value == 1.0
 
 
 def test_retries_use_new_seeds_and_stop() -> None:
@@ -169,6 +184,28 @@ def test_retries_use_new_seeds_and_stop() -> None:
 def test_outage_is_raised() -> None:
     with pytest.raises(JudgeError, match="cannot be reached"):
         grade({"a": "outage", "b": "met"}, judged("a"), judged("b"))
+
+
+def test_an_outage_stops_the_other_questions() -> None:
+    ended: list[str] = []
+
+    class Hangs(ScriptedJudge):
+        async def ask(self, messages: Sequence[Message], *, max_tokens: int, seed: int) -> str:
+            try:
+                if '"id": "b"' in messages[1]["content"]:
+                    await asyncio.sleep(30)
+                return await super().ask(messages, max_tokens=max_tokens, seed=seed)
+            except asyncio.CancelledError:
+                ended.append("b")
+                raise
+
+    async def score() -> None:
+        reward = RubricReward(rubric(judged("b"), judged("a")), Hangs(lambda criterion, call: "outage"))
+        with pytest.raises(JudgeError, match="cannot be reached"):
+            await reward.score(rollout("Some words."))
+        assert ended == ["b"]
+
+    asyncio.run(score())
 
 
 @pytest.mark.parametrize(("na", "value"), [("skip", 1.0), ("zero", 0.25), ("fail", None)])

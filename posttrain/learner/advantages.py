@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 STD_EPSILON = 1e-4
-"""Added to the standard deviation before dividing, as TRL does; keeps groups of equal scores at exactly 0."""
+"""Added to the standard deviation before dividing, as TRL does; keeps groups of equal scores from 0 / 0."""
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -33,7 +33,7 @@ def group_advantages(
     batch_std = _std(np.concatenate(groups)) if groups else 0.0
     advantages: list[list[float | None]] = []
     for scores in groups:
-        centred = scores - scores[~np.isnan(scores)].mean() if not np.isnan(scores).all() else scores
+        centred = scores - _mean(scores) if not np.isnan(scores).all() else scores
         if scale_rewards != "none":
             centred = centred / ((_std(scores) if scale_rewards == "group" else batch_std) + STD_EPSILON)
         advantages.append([None if np.isnan(value) else float(value) for value in centred])
@@ -49,6 +49,12 @@ def _as_array(scores: Sequence[float | None], group: int) -> Float64Array:
                 "rollout that could not be scored; fix the reward"
             )
     return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
+
+
+def _mean(scores: Float64Array) -> float:
+    """Mean of what was scored; never beyond the scores, as rounding would have it: three times 0.1 is 0.1."""
+    scored = scores[~np.isnan(scores)]
+    return float(np.clip(scored.mean(), scored.min(), scored.max()))
 
 
 def _std(scores: Float64Array) -> float:

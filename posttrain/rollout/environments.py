@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ class ToolUse:
     """The policy works in a shell: a turn with a fenced ``bash`` block runs it, a turn without one ends.
 
     Only the first block of a turn is run, since the policy has not seen the first result when it writes a
-    second. Files named by ``task.info["expected_files"]`` are taken out of the box at the end, so that
-    grading happens elsewhere.
+    second. Files named by ``task.info["expected_files"]`` and ``task.info["forbidden_files"]`` are taken out of the
+    box at the end, so that grading happens elsewhere.
     """
 
     max_turns: int = 4
@@ -50,7 +51,14 @@ class ToolUse:
             raise ValueError(
                 f"task {task.id!r} is played with tools but has no sandbox; give it Task.sandbox=SandboxSpec(...)"
             )
-        paths = tuple(task.info.get("expected_files", ()))
+        named = (path for key in ("expected_files", "forbidden_files") for path in task.info.get(key, ()))
+        paths = tuple(dict.fromkeys(map(posixpath.normpath, named)))
+        outside = [path for path in paths if path == "." or path.split("/")[0] in ("", "..")]
+        if outside:
+            raise ValueError(
+                f"task {task.id!r}: info['expected_files'] or info['forbidden_files'] names {outside[0]!r}; expected "
+                "paths of files below the workdir"
+            )
         return ToolUseEpisode(rules=self, sandbox=sandbox, artifact_paths=paths)
 
 
@@ -64,17 +72,24 @@ class ToolUseEpisode:
         block = _SHELL_BLOCK.search(text)
         if block is None:
             return None
+        if "\0" in block[1]:
+            # No process takes such an argument; the policy wrote it, so the policy is told.
+            return ({"role": "tool", "content": "(not run: the command contains a NUL byte)"},)
         result = await self.sandbox.exec(block[1], timeout_s=self.rules.command_timeout_s)
         return ({"role": "tool", "content": describe(result, max_chars=self.rules.max_observation_chars)},)
 
     async def artifacts(self) -> Mapping[str, bytes]:
+        """Content by path; of what is there and cannot be read, a note that says why."""
         kept = {}
         for path in self.artifact_paths:
             try:
                 kept[path] = await self.sandbox.read(path, max_bytes=self.rules.max_artifact_bytes)
-            except (OSError, ValueError):
-                # Not there, a directory, or too big: what the policy left behind is not the file asked for.
+            except (FileNotFoundError, IsADirectoryError):
                 continue
+            except (OSError, ValueError) as error:
+                # Too big, a link, a pipe or locked: a wrong file where one is expected, and still one where none
+                # may be. Never empty, since an empty file may be what is expected.
+                kept[path] = f"(not read: {error})".encode()
         return kept
 
 

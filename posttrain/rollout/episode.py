@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -155,7 +156,7 @@ async def score_rollout(rollout: Rollout, *, reward: Reward, boxes: Boxes, deadl
         async with clock, contextlib.AsyncExitStack() as stack:
             spec: SandboxSpec | None = getattr(reward, "sandbox", None)
             box = await stack.enter_async_context(boxes.open(spec)) if spec is not None else None
-            return await reward.score(rollout, box)
+            return checked(await reward.score(rollout, box), reward)
     except SandboxError as failure:
         return unscored(ScoreStatus.SANDBOX_ERROR, f"{type(failure).__name__}: {failure}")
     except JudgeError as failure:
@@ -164,6 +165,24 @@ async def score_rollout(rollout: Rollout, *, reward: Reward, boxes: Boxes, deadl
         if clock.expired():
             return unscored(ScoreStatus.TIMEOUT, f"reward passed its deadline of {deadline_s:g} s")
         return unscored(ScoreStatus.REWARD_ERROR, f"{type(failure).__name__}: {failure}")
+
+
+def checked(score: object, reward: object) -> Score:
+    """A reward's answer with its value as a float, or unscored when it is not one that a step can compute with."""
+    if isinstance(score, Score):
+        if score.value is None:
+            return score
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            if math.isfinite(score.value):
+                return replace(score, value=float(score.value))
+        found = f"Score.value = {score.value!r:.200}"
+    else:
+        found = f"{score!r:.200}"
+    return unscored(
+        ScoreStatus.REWARD_ERROR,
+        f"{type(reward).__name__} gave {found}: expected a Score whose value is a finite number, or None for a rollout "
+        "that could not be scored; fix the reward",
+    )
 
 
 def unscored(status: ScoreStatus, error: str | None) -> Score:

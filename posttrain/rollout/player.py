@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
 from posttrain.protocols import Engine, Environment, GroupReward, PolicyJudged, Reward, Substrate
-from posttrain.rollout.episode import Boxes, Policy, run_rollout, score_rollout, unscored
+from posttrain.rollout.episode import Boxes, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, Task
 
 
@@ -133,7 +133,7 @@ class Player:
         whole = [rollout for rollout in rollouts if not rollout.failed]
         try:
             async with asyncio.timeout(self._workers.reward_deadline_s):
-                given = list(await reward.score_group(whole)) if whole else []
+                given = [checked(score, reward) for score in await reward.score_group(whole)] if whole else []
             if len(given) != len(whole):
                 raise ValueError(f"reward gave {len(given)} scores for {len(whole)} rollouts")
         except Exception as failure:  # noqa: BLE001 - a broken reward leaves the group unscored, not the run dead
