@@ -1,31 +1,35 @@
-"""What every kind of box must do. ``python -m sandbox.conformance process`` (or ``container``) runs it on this machine.
+"""What every kind of box must do. ``python -m sandbox.conformance process`` runs it on this machine.
 
+Besides ``process`` and ``container`` it takes ``module:attribute``, a substrate of your own: its class or a value.
 Each check opens a box of its own, attacks or exercises it, and asserts; afterwards the next command must still work
-wherever the box is meant to survive. Limits are small, so that a bomb is bounded by the box, not by the machine.
+wherever the box is meant to survive. Limits are small, so that a bomb is bounded by the box, not by the machine: a box
+that does not isolate lets the checks bomb the machine and kill this user's processes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import pickle
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
-from posttrain.errors import SandboxError, SandboxLost
-from posttrain.protocols import Substrate
+from posttrain.errors import RecipeError, SandboxError, SandboxLost
+from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox.client import AgentSandbox
 from sandbox.container import Container, close_pools
 from sandbox.process import Process
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
-Check = Callable[[AgentSandbox], Awaitable[None]]
+KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container()}
+Check = Callable[[Sandbox], Awaitable[None]]
 
 
 def expect(claim: bool, *seen: object) -> None:
@@ -34,16 +38,16 @@ def expect(claim: bool, *seen: object) -> None:
         raise AssertionError(*seen)
 
 
-async def still_works(box: AgentSandbox) -> None:
+async def still_works(box: Sandbox) -> None:
     result = await box.exec(["echo", "alive"])
     expect(result.ok and result.stdout == b"alive\n", result)
 
 
-async def python(box: AgentSandbox, program: str, timeout_s: float = 10.0) -> ExecResult:
+async def python(box: Sandbox, program: str, timeout_s: float = 10.0) -> ExecResult:
     return await box.exec(["python3", "-I", "-S", "-c", program], timeout_s=timeout_s)
 
 
-async def bytes_survive(box: AgentSandbox) -> None:
+async def bytes_survive(box: Sandbox) -> None:
     data = bytes(range(256)) * 300
     await box.write("deep/er/file.bin", data)
     expect(await box.read("deep/er/file.bin") == data, "read differs from what was written")
@@ -51,7 +55,7 @@ async def bytes_survive(box: AgentSandbox) -> None:
     expect(await box.list() == ["deep/er/file.bin"], await box.list())
 
 
-async def results_are_typed(box: AgentSandbox) -> None:
+async def results_are_typed(box: Sandbox) -> None:
     failed = await box.exec("echo out; echo err >&2; exit 3")
     expect((failed.status, failed.exit_code) == (ExecStatus.EXITED, 3), failed)
     expect((failed.stdout, failed.stderr) == (b"out\n", b"err\n"), failed)
@@ -61,7 +65,7 @@ async def results_are_typed(box: AgentSandbox) -> None:
     expect((await box.exec('echo "$KEY"', env={"KEY": "a=b"})).stdout == b"a=b\n", "env")
 
 
-async def timeout_kills_the_tree(box: AgentSandbox) -> None:
+async def timeout_kills_the_tree(box: Sandbox) -> None:
     script = "echo before; setsid sh -c 'trap \"\" TERM; while :; do date +%N > beat; done' & trap '' TERM; sleep 60"
     result = await box.exec(script, timeout_s=1.0)
     expect(result.status is ExecStatus.TIMEOUT and result.stdout == b"before\n", result)
@@ -69,20 +73,20 @@ async def timeout_kills_the_tree(box: AgentSandbox) -> None:
     await nothing_runs(box)
 
 
-async def nothing_runs(box: AgentSandbox) -> None:
+async def nothing_runs(box: Sandbox) -> None:
     count = "ls /proc | grep -c '^[0-9]'"
     alone = int((await box.exec(count)).stdout)
     # The agent, the shell and the two ends of the pipe.
     expect(alone <= 4, f"{alone} processes in the box")
 
 
-async def background_child_does_not_block(box: AgentSandbox) -> None:
+async def background_child_does_not_block(box: Sandbox) -> None:
     result = await box.exec("setsid sleep 60 & echo done")
     expect(result.ok and result.stdout == b"done\n" and result.wall_s < 5, result)
     await nothing_runs(box)
 
 
-async def concurrent_commands_are_apart(box: AgentSandbox) -> None:
+async def concurrent_commands_are_apart(box: Sandbox) -> None:
     slow = asyncio.create_task(box.exec("sleep 1; echo slow"))
     await asyncio.sleep(0.2)
     quick = await box.exec("kill -9 -1; echo quick")
@@ -90,7 +94,7 @@ async def concurrent_commands_are_apart(box: AgentSandbox) -> None:
     expect(result.ok and result.stdout == b"slow\n", result, quick)
 
 
-async def cancelling_kills(box: AgentSandbox) -> None:
+async def cancelling_kills(box: Sandbox) -> None:
     running = asyncio.create_task(box.exec("setsid sleep 60 & sleep 60"))
     await asyncio.sleep(0.3)
     running.cancel()
@@ -99,7 +103,7 @@ async def cancelling_kills(box: AgentSandbox) -> None:
     await nothing_runs(box)
 
 
-async def output_is_capped(box: AgentSandbox) -> None:
+async def output_is_capped(box: Sandbox) -> None:
     result = await box.exec("echo first; seq 1 20000; echo last", max_output=1000)
     expect(result.ok and result.truncated_bytes > 100_000, result.status, result.truncated_bytes)
     expect(result.stdout.startswith(b"first\n") and result.stdout.endswith(b"last\n"), result.stdout)
@@ -109,7 +113,7 @@ async def output_is_capped(box: AgentSandbox) -> None:
     await still_works(box)
 
 
-async def no_network(box: AgentSandbox) -> None:
+async def no_network(box: Sandbox) -> None:
     program = """
 import socket, errno
 def refused(family, kind, address):
@@ -128,13 +132,13 @@ print(refused(socket.AF_INET, socket.SOCK_STREAM, ("169.254.169.254", 80)),
     expect(seen[2:] == [b"97", b"97", b"97"], "AF_VSOCK, AF_NETLINK and AF_ALG must be refused (EAFNOSUPPORT)", result)
 
 
-async def memory_is_bounded(box: AgentSandbox) -> None:
+async def memory_is_bounded(box: Sandbox) -> None:
     result = await python(box, "b = []\nwhile True: b.append(bytearray(b'x' * (1 << 20)))")
     expect(result.status is ExecStatus.OOM or (result.exit_code == 1 and b"MemoryError" in result.stderr), result)
     await still_works(box)
 
 
-async def processes_are_bounded(box: AgentSandbox) -> None:
+async def processes_are_bounded(box: Sandbox) -> None:
     program = """
 import os, time
 n = 0
@@ -155,7 +159,7 @@ except OSError:
     await nothing_runs(box)
 
 
-async def disk_is_bounded(box: AgentSandbox) -> None:
+async def disk_is_bounded(box: Sandbox) -> None:
     for target in ("big", "/tmp/big"):
         result = await box.exec(f"for i in 1 2 3 4 5 6 7 8; do head -c 4000000 /dev/zero >> {target}$i || exit 1; done")
         expect(result.status is ExecStatus.DISK_FULL, target, result)
@@ -170,7 +174,7 @@ async def disk_is_bounded(box: AgentSandbox) -> None:
     await still_works(box)
 
 
-async def cpu_is_bounded(box: AgentSandbox) -> None:
+async def cpu_is_bounded(box: Sandbox) -> None:
     script = "for i in 1 2 3 4; do timeout 2 sh -c 'while :; do :; done' & done; wait; times"
     result = await box.exec(script, timeout_s=20)
     used = [part for line in result.stdout.decode().splitlines()[-1:] for part in line.split()]
@@ -178,7 +182,7 @@ async def cpu_is_bounded(box: AgentSandbox) -> None:
     expect(seconds < 1.5 * 2 * SPEC.cpus, result)
 
 
-async def root_is_read_only(box: AgentSandbox) -> None:
+async def root_is_read_only(box: Sandbox) -> None:
     result = await box.exec("for f in /x /usr/x /etc/x /bin/sh; do (echo bad >> $f) 2>/dev/null && echo $f; done; true")
     expect(result.stdout == b"", result)
     result = await box.exec("grep -E '^(CapEff|CapPrm|NoNewPrivs|Seccomp):' /proc/self/status; id -u")
@@ -187,7 +191,7 @@ async def root_is_read_only(box: AgentSandbox) -> None:
     expect(values[8] != "0", "the payload is root", result)
 
 
-async def agent_is_out_of_reach(box: AgentSandbox) -> None:
+async def agent_is_out_of_reach(box: Sandbox) -> None:
     program = """
 import os
 def tries(what, function):
@@ -216,7 +220,7 @@ print("tried")
     expect(denied.stdout == b"[-1, -1, -1, -1, -1]\n", denied)
 
 
-async def links_are_not_followed(box: AgentSandbox) -> None:
+async def links_are_not_followed(box: Sandbox) -> None:
     await box.exec("ln -s /etc/passwd link; ln -s /tmp away; mkfifo pipe; echo x > /tmp/f; mkdir dir")
     for attempt in (box.read("link"), box.read("away/f"), box.read("pipe"), box.write("away/new", b"x")):
         try:
@@ -244,10 +248,13 @@ async def raises(kind: type[Exception], attempt: Awaitable[object], what: str) -
     raise AssertionError(f"{what!r}: expected {kind.__name__}")
 
 
-async def a_lost_box_is_not_a_result(box: AgentSandbox) -> None:
+async def a_lost_box_is_not_a_result(box: Sandbox) -> None:
+    kill = getattr(box, "kill", None)
+    if kill is None:
+        raise SkipTest(f"{type(box).__name__} has no kill(), so it cannot be lost on purpose")
     running = asyncio.create_task(box.exec("sleep 30", timeout_s=40))
     await asyncio.sleep(0.2)
-    await asyncio.to_thread(box.kill)
+    await asyncio.to_thread(kill)
     await raises(SandboxLost, running, "a running command")
     await raises(SandboxLost, box.exec("true"), "a new command")
     await raises(SandboxLost, box.read("x"), "a read")
@@ -276,7 +283,6 @@ CHECKS: tuple[Check, ...] = (
 async def check_box(substrate: Substrate, check: Check) -> None:
     """Run one check in a box of its own."""
     async with asyncio.timeout(CHECK_DEADLINE_S), substrate.open(SPEC) as box:
-        assert isinstance(box, AgentSandbox)
         await check(box)
 
 
@@ -317,33 +323,62 @@ def _seen_from_host(marker: str) -> bool:
     return False
 
 
-async def run(substrate: Substrate) -> dict[str, str]:
-    """Every check by name, with what went wrong; an empty text is a pass."""
+async def run(substrate: Substrate) -> dict[str, tuple[str, str]]:
+    """Every check by name: ``pass``, ``FAIL`` with what went wrong, or ``skip`` with the reason."""
     attempts = {check.__name__: check_box(substrate, check) for check in CHECKS}
     attempts |= {check.__name__: check(substrate) for check in WHOLE}
     outcome = {}
     for name, attempt in attempts.items():
         try:
             await attempt
-            outcome[name] = ""
+            outcome[name] = ("pass", "")
+        except SkipTest as reason:
+            outcome[name] = ("skip", str(reason))
         except (AssertionError, OSError, ValueError, SandboxError) as error:
-            outcome[name] = repr(error)[:600]
+            outcome[name] = ("FAIL", repr(error)[:600])
     await close_pools()
     return outcome
 
 
+def find_substrate(name: str) -> Substrate:
+    """A substrate by its short name, or what ``module:attribute`` names: a class or a value. Raises ``RecipeError``."""
+    if name in KINDS:
+        return KINDS[name]
+    expected = f"expected {', '.join(KINDS)} or module:attribute, such as my_box:MyBox"
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise RecipeError(f"substrate {name!r}: {expected}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        substrate = found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, TypeError) as problem:
+        raise RecipeError(
+            f"substrate {name!r}: {problem}; {expected}, a class without arguments or a value"
+        ) from problem
+    if not isinstance(substrate, Substrate):
+        raise RecipeError(f"substrate {name!r} is {substrate!r:.80}, without name, capabilities(), check() or open()")
+    return substrate
+
+
 def main() -> int:
-    """Print a table; the exit code says whether all passed."""
-    kinds: dict[str, Substrate] = {"process": Process(), "container": Container()}
-    if len(sys.argv) != 2 or sys.argv[1] not in kinds:
-        sys.stderr.write(f"usage: python -m sandbox.conformance {'|'.join(kinds)}\n")
+    """Print a table; the exit code says whether none failed."""
+    if len(sys.argv) != 2:
+        sys.stderr.write(f"usage: python -m sandbox.conformance {'|'.join(KINDS)}|MODULE:ATTRIBUTE\n")
         return 2
-    substrate = kinds[sys.argv[1]]
-    substrate.check()
+    try:
+        substrate = find_substrate(sys.argv[1])
+        if substrate.capabilities().get("isolation") == "none":
+            raise RecipeError(
+                f"substrate {sys.argv[1]!r} has no isolation; expected some, or the checks hit this machine"
+            )
+        substrate.check()
+    except (RecipeError, SandboxError) as problem:
+        sys.stderr.write(f"{problem}\n")
+        return 2
     outcome = asyncio.run(run(substrate))
-    for name, problem in outcome.items():
-        sys.stdout.write(f"{'FAIL' if problem else 'pass'}  {name:34} {problem}\n")
-    return int(any(outcome.values()))
+    for name, (verdict, detail) in outcome.items():
+        sys.stdout.write(f"{verdict}  {name:34} {detail}\n")
+    return int(any(verdict == "FAIL" for verdict, _ in outcome.values()))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable
+from posttrain.errors import RecipeError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
+from posttrain.types import SandboxSpec
 from sandbox import dockerd
-from sandbox.conformance import CHECKS, WHOLE, Check, check_box
+from sandbox.conformance import CHECKS, WHOLE, Check, check_box, find_substrate, main
 from sandbox.container import Container
 from sandbox.process import Process
 
@@ -40,3 +44,76 @@ def test_box(substrate: Substrate, check: Check) -> None:
 @pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
 def test_substrate(substrate: Substrate, check: Callable[[Substrate], Awaitable[None]]) -> None:
     asyncio.run(check(substrate))
+
+
+class LostBox:
+    """A box of a stranger's: it has what the protocol asks for and no ``kill``."""
+
+    async def _lose(self, *_: object, **__: object) -> None:
+        raise SandboxLost("never there")
+
+    exec = read = write = list = _lose
+
+
+@dataclass(frozen=True)
+class LostBoxes:
+    name: str = "lost"
+    isolation: str = "a wall"
+
+    def capabilities(self) -> dict[str, str]:
+        return {"isolation": self.isolation}
+
+    def check(self) -> None: ...
+
+    @contextlib.asynccontextmanager
+    async def open(self, spec: SandboxSpec) -> AsyncIterator[LostBox]:
+        yield LostBox()
+
+
+UNISOLATED = LostBoxes(isolation="none")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name under which this file can be imported."""
+    monkeypatch.setitem(sys.modules, "my_box", sys.modules[__name__])
+    return "my_box"
+
+
+def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
+    assert find_substrate("process") == Process()
+    assert find_substrate(f"{here}:LostBoxes") == LostBoxes()
+    assert find_substrate(f"{here}:UNISOLATED") is UNISOLATED
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("proces", "expected process, container or module:attribute"),
+        ("no_such_module:X", "No module named 'no_such_module'"),
+        ("my_box:Missing", "no attribute 'Missing'; expected process, container"),
+        ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),
+    ],
+)
+def test_what_is_no_substrate_is_refused(here: str, name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        find_substrate(name)
+
+
+def test_any_substrate_is_checked_and_killing_a_box_is_skipped_where_it_cannot_be(
+    here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["conformance", f"{here}:LostBoxes"])
+    assert main() == 1
+    table = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(table) == {check.__name__ for check in (*CHECKS, *WHOLE)}
+    assert table.pop("a_lost_box_is_not_a_result").startswith("skip")
+    assert all(line.startswith("FAIL") for line in table.values())
+
+
+def test_a_box_without_isolation_is_not_attacked(
+    here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["conformance", f"{here}:UNISOLATED"])
+    assert main() == 2
+    assert "no isolation" in capsys.readouterr().err

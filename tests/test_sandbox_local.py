@@ -7,7 +7,7 @@ import pytest
 
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.types import ExecStatus, SandboxSpec
-from sandbox import agent, select
+from sandbox import agent
 from sandbox.client import check_argv, check_env, check_path
 from sandbox.images import build
 from sandbox.local import LocalUnsafe
@@ -34,15 +34,6 @@ def test_local_runs_reads_writes_and_times_out() -> None:
                 await box.read("a/b", max_bytes=1)
 
     asyncio.run(play())
-
-
-def test_default_substrate_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
-    with pytest.raises(SandboxUnavailable) as caught:
-        select.default_substrate()
-    for word in ("bubblewrap", "image", "i_accept_that_model_written_code_runs_unisolated"):
-        assert word in str(caught.value)
 
 
 def test_a_missing_binary_is_named() -> None:
