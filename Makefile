@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint smollm2 system clean
+.PHONY: quickstart test lint system clean
 
 quickstart: $(STAMP) system
 	$(VENV)/bin/posttrain run quickstart --run-dir runs/quickstart --resume

@@ -89,6 +89,8 @@ class GRPO(Value):
     minibatches_per_step: Positive = 1
     """Optimizer steps per pass; samples are shuffled over mini-batches."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    """As in TRL. Where it divides by tokens, tokens of rollouts without any gradient are not counted, as if dynamic
+    sampling (arXiv 2503.14476) had left them out."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """``sequence`` with ``loss_type="grpo"`` is GSPO (arXiv 2507.18071)."""
     scale_rewards: Literal["group", "batch", "none"] = "none"
@@ -132,7 +134,6 @@ class Distill(Value):
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
-    minibatches_per_step: Positive = 1
     divergence: Literal["reverse_kl"] = "reverse_kl"
     temperature: float = Field(default=1.0, gt=0)
     """Divides both logits."""
@@ -191,7 +192,7 @@ class Domain(Value):
     share: float = Field(default=1.0, gt=0)
     """Relative share of this domain's rollouts in OPD."""
     max_sequence_tokens: Positive = 1024
-    """Window of a whole episode, prompt and all turns."""
+    """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
 
     @model_validator(mode="after")
     def _one_source_of_skill(self) -> Self:

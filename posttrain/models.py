@@ -69,6 +69,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def context_window(path: str) -> int:
+    """Most tokens a model attends to, from its config."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(resolve_path(path)).get_text_config().max_position_embeddings)
+
+
 def has_native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16)."""
     import torch

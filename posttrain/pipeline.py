@@ -6,6 +6,7 @@ complete checkpoint brings back weights, optimizer, data order and random state.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 import time
@@ -25,7 +26,7 @@ from posttrain.runs.evaluation import DomainEvaluation, load_evaluations
 from posttrain.runs.metrics import MetricsLog, read_metrics
 from posttrain.runs.progress import Progress
 from posttrain.runs.report import write_report
-from posttrain.runs.rundir import EventKind, RunDir
+from posttrain.runs.rundir import EventKind, RunDir, StageDir
 from posttrain.runs.stats import Bootstrap, bootstrap_mean
 from posttrain.stages.session import Session, finals
 
@@ -63,7 +64,8 @@ def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
             f"run directory {path} already holds a run; add --resume to go on with it, or choose another --run-dir"
         )
     check_recipe(recipe)
-    check_disk(path, needed_bytes=disk_needed(recipe))
+    finished = sum(stage.done is not None for stage in run.stages())
+    check_disk(path, needed_bytes=disk_needed(recipe, finished_stages=finished))
     with run.lock():
         goes_on = run.recipe.exists()
         run.write_recipe(recipe)
@@ -91,9 +93,32 @@ def report_run(run: RunDir, settings: Evaluation) -> dict[str, Any]:
 def _run_stage(session: Session, stage: Stage) -> None:
     """Run one stage unless it is finished."""
     directory = session.run.stage(stage.name)
-    if directory.done is not None:
+    if directory.done is None:
+        begun = time.monotonic()
+        try:
+            _train_or_measure(session, stage, directory)
+        except Exception as error:
+            _name_full_disk(error, directory)
+            raise
+        directory.mark_done({"seconds": time.monotonic() - begun})
+    elif any(e["kind"] == EventKind.STAGE_FINISHED and e["stage"] == stage.name for e in session.run.read_events()):
         return
-    begun = time.monotonic()
+    # Only an unfinished stage resumes; its optimizer states and judges are the bulk of what a run writes.
+    for folder in (directory.checkpoints, directory.judges):
+        shutil.rmtree(folder, ignore_errors=True)
+    session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
+
+
+def _name_full_disk(error: Exception, directory: StageDir) -> None:
+    """Raise ``OSError`` with a remedy if a full disk is behind ``error``; libraries have words of their own for one."""
+    if "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        raise OSError(
+            f"stage {directory.name}: the disk of {directory.path} is full ({error}); what was saved before is kept: "
+            "free some space and go on with --resume"
+        ) from error
+
+
+def _train_or_measure(session: Session, stage: Stage, directory: StageDir) -> None:
     if stage.kind == "sft" and stage.domain:
         from posttrain.stages.sft import run_sft_stage
 
@@ -111,13 +136,12 @@ def _run_stage(session: Session, stage: Stage) -> None:
 
         distilled = session.run.stage("distill")
         student = str(distilled.final) if distilled.done is not None else None
-        reinforced = {**ready_made(session.recipe), **finals(session, "grpo")}
-        entrants = contestants(session, finals(session, "sft"), reinforced, student)
+        for name, domain in session.recipe.domains.items():
+            if domain.teacher is not None and not isinstance(domain.teacher, Playable):
+                session.warn(f"domains.{name}: its teacher is no checkpoint that could be measured beside the student.")
+        trained = {**ready_made(session.recipe), **specialists(session)}
+        entrants = contestants(session, finals(session, "sft"), trained, student)
         run_evaluate_stage(session, directory, list(entrants))
-    directory.mark_done({"seconds": time.monotonic() - begun})
-    # Only an unfinished stage resumes; its optimizer states are the bulk of what a run writes.
-    shutil.rmtree(directory.checkpoints, ignore_errors=True)
-    session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
 
 
 def ready_made(recipe: Recipe) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config import Domain, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import Reward, Teacher
+from posttrain.protocols import PolicyJudged, Reward, Teacher
 from posttrain.types import Task
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ PROBED_TASKS = 64
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
     from posttrain.conversation.chat import ChatFormat
-    from posttrain.models import load_tokenizer, resolve_path
+    from posttrain.models import context_window, load_tokenizer, resolve_path
 
     base = resolve_path(recipe.model.path)
-    chat = ChatFormat(load_tokenizer(base))
+    chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
+    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(name, domain, task, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+            _check_window(name, domain, task, window=window, prompt_tokens=len(chat.encode_prompt(task.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
+        _check_training(name, domain, chat, seed=recipe.seed)
         if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
             raise RecipeError(
                 f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
@@ -78,13 +82,42 @@ def _check_tasks(name: str, domain: Domain, *, count: int) -> list[Task]:
     return train + heldout
 
 
-def _check_window(name: str, domain: Domain, task: Task, *, prompt_tokens: int) -> None:
+def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
     if prompt_tokens >= domain.max_sequence_tokens:
         raise RecipeError(
             f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
             f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
             f"domains.{name}.max_sequence_tokens or drop the task"
         )
+    if prompt_tokens >= window:
+        raise RecipeError(
+            f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but the model's own window is "
+            f"{window}, which leaves no room to answer; drop the task or choose another model"
+        )
+
+
+def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -> None:
+    if domain.environment.max_turns > 1:
+        try:
+            chat.encode_observations(({"role": "tool", "content": "?"},))
+        except RecipeError as error:
+            raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
+    if domain.grpo is not None:
+        sampling = domain.sampling
+        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+            raise RecipeError(
+                f"domains.{name}.sampling has temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
+                f"{sampling.top_k}; expected for grpo a temperature > 0 and no truncation, since the learner compares "
+                "with the whole distribution; set top_p to 1 and top_k to 0"
+            )
+    if domain.sft is not None:
+        from posttrain.learner.sft import encode_demonstrations
+
+        try:
+            demonstrations = domain.tasks.demonstrations(count=domain.sft.num_demonstrations, seed=seed)
+            encode_demonstrations(demonstrations, chat, domain.sft.max_length)
+        except RecipeError as error:
+            raise RecipeError(f"domains.{name}.sft: {error}") from error
 
 
 def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task]) -> None:
@@ -99,15 +132,21 @@ def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task])
     recipe.substrate.check()
 
 
-def disk_needed(recipe: Recipe) -> int:
-    """Bytes a run writes at most: a final model a stage, and three checkpoints with optimizer state at a time."""
+def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
+    """Bytes a run still writes at most: a final model a stage, and, at a time, three checkpoints with optimizer state
+    and the judges of one stage."""
     import torch
 
     from posttrain.models import load_model
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
-    num_models = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
+    num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
+    num_judges = max(
+        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and isinstance(d.reward, PolicyJudged) else 0
+        for d in recipe.domains.values()
+    )
+    num_models = max(0, num_stages - finished_stages) + num_judges
     return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
 
 

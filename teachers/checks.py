@@ -129,14 +129,14 @@ def check_identical(
 ) -> float:
     """A model that is its own teacher has nothing to learn: mean KL(student || teacher), at most MAX_IDENTICAL_KL.
 
-    Give the states as the learner computes them on one side and as the pool caches them on the other.
+    Give the states as the model alone computes them on one side and as the pool caches them on the other.
     """
     kl = _mean_kl(student_hidden_ND, student_head_VD, teacher_hidden_ND, teacher_head_VD)
     if not kl <= MAX_IDENTICAL_KL:
         raise RecipeError(
             f"the student as its own teacher: KL(student || teacher) = {kl:.4g} nats per token, expected at most "
-            f"{MAX_IDENTICAL_KL}. The learner and the teacher run the same weights differently: compare dtype, "
-            "attention and positions, and make sure that dropout is off"
+            f"{MAX_IDENTICAL_KL}. Its states change on their way through the pool: compare dtype, attention and "
+            "positions, and make sure that dropout is off"
         )
     return kl
 

@@ -25,7 +25,8 @@ class SwapOnDemand:
     """
 
     memory_mb: int = 4096
-    device: str = "cpu"
+    device: str | None = None
+    """Where teachers compute; None is the first GPU if there is one, else the CPU."""
 
     def from_checkpoint(self, path: str) -> Teacher:
         return HFTeacher(path)
@@ -35,14 +36,11 @@ class SwapOnDemand:
         self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
     ) -> Iterator[PooledTeachers]:
         """See ``posttrain.protocols.TeacherLibrary.open``."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_teachers(
-            teachers,
-            student=HFTeacher(student_path),
-            probes=probes,
-            memory_mb=self.memory_mb,
-            device=self.device,
+            teachers, student=HFTeacher(student_path), probes=probes, memory_mb=self.memory_mb, device=device
         )
-        with TeacherPool(teachers, memory_mb=self.memory_mb, device=self.device) as pool:
+        with TeacherPool(teachers, memory_mb=self.memory_mb, device=device) as pool:
             yield PooledTeachers(pool, MemoryStore())
 
 

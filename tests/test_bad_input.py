@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,24 +16,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from posttrain.cli import main
-from posttrain.config import GRPO, Optim, Recipe, Workers
+from posttrain.config import GRPO, SFT, Lora, Model, Optim, Recipe, Workers
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import GrpoObjective
 from posttrain.loader import load_recipe
-from posttrain.models import load_model
+from posttrain.models import context_window, load_model
+from posttrain.pipeline import Stage, _run_stage
 from posttrain.preflight import check_disk, check_recipe
 from posttrain.protocols import Demonstration, Sandbox
-from posttrain.rollout.environments import SingleTurn
+from posttrain.rollout.environments import SingleTurn, ToolUse
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.samples import group_advantage_rows, grpo_samples
+from posttrain.runs.history import warnings
+from posttrain.runs.metrics import MetricsLog
+from posttrain.runs.progress import Progress
+from posttrain.runs.rundir import RunDir
+from posttrain.stages.session import Session
 from posttrain.tasks import DatasetTasks
 from posttrain.types import Group, Request, Rollout, Sample, Sampling, SandboxSpec, Score, Task
 from sandbox.process import Process
 from teachers.sources import HFTeacher
+from tests.test_posttrain_chat import FORGETFUL
 from tests.tiny_models import END, Reply, ScriptedEngine, save_tiny_model, tiny_chat
 
 RECIPE = str(Path(__file__).parent / "mini_recipe.py")
@@ -145,6 +154,45 @@ def test_tasks_that_cannot_be_used_are_refused(recipe, training, held, message):
         check_recipe(with_vowels(recipe, tasks=GivenTasks(training, held)))
 
 
+def test_a_prompt_beyond_the_models_own_window_is_refused(recipe, tiny_model):
+    window = context_window(tiny_model)
+    long = GivenTasks((task("a", prompt="x" * window),), (task("b"),))
+    with pytest.raises(RecipeError, match=rf"tokens but the model's own window is {window}"):
+        check_recipe(with_vowels(recipe, tasks=long, max_sequence_tokens=2 * window))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": Sampling(temperature=0)}, r"domains\.vowels\.sampling has temperature = 0"),
+        ({"sampling": Sampling(top_p=0.9)}, r"top_p = 0\.9.*expected for grpo.*no truncation"),
+        ({"sft": SFT(max_length=3)}, r"domains\.vowels\.sft: demonstration 0 has \d+ tokens but max_length = 3"),
+        ({"tasks": GivenTasks((task("a"),), (task("b"),))}, r"domains\.vowels\.sft: demonstrations is empty"),
+    ],
+)
+def test_training_that_cannot_work_is_refused_before_the_run(recipe, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(with_vowels(recipe, **changes))
+
+
+def test_a_template_that_rewrites_history_is_refused_for_several_turns(recipe, tiny_model, tmp_path):
+    forgetful = tmp_path / "forgetful"
+    shutil.copytree(tiny_model, forgetful)
+    tokenizer = AutoTokenizer.from_pretrained(forgetful)
+    tokenizer.chat_template = FORGETFUL.replace("<|im_end|>", "<|end|>")
+    tokenizer.save_pretrained(forgetful)
+    recipe = recipe.replace(model=Model(path=str(forgetful)))
+    check_recipe(recipe)
+    with pytest.raises(RecipeError, match=r"domains\.vowels takes 2 turns: chat template .* only appends"):
+        check_recipe(with_vowels(recipe, environment=ToolUse(max_turns=2)))
+
+
+def test_adapters_without_peft_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'posttrain\[peft\]'"):
+        check_recipe(recipe.replace(model=recipe.model.replace(lora=Lora())))
+
+
 def test_an_empty_data_file_is_refused(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     tasks = DatasetTasks(domain="vowels", path=str(tmp_path / "rows.jsonl"))
@@ -210,6 +258,19 @@ def test_a_raising_reward_and_an_empty_completion_go_through_a_training_step(tin
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_stage_in_which_nothing_can_be_scored_stops_and_one_failure_is_reported(recipe, tmp_path):
+    run = RunDir(tmp_path)
+    session = Session(recipe=recipe, run=run, metrics=MetricsLog(run), progress=Progress())
+    session.check_scored(run.stage("grpo-vowels"), [play("a", "b")])
+    assert warnings(run.read_events()) == []
+    for _ in range(2):
+        session.check_scored(run.stage("grpo-vowels"), [play("a", "x")])
+    (warning,) = warnings(run.read_events())
+    assert warning.startswith("grpo-vowels: 1 of 2 rollouts failed or could not be scored, first: ZeroDivisionError")
+    with pytest.raises(RecipeError, match=r"grpo-vowels: 2 of 2 .*: no words; mend that and .*--resume"):
+        session.check_scored(run.stage("grpo-vowels"), [play("x", "xx")])
+
+
 @pytest.mark.parametrize("name", ["loss_mask", "logprobs", "versions"])
 def test_a_mask_of_the_wrong_length_is_never_padded(name):
     arrays = {
@@ -245,6 +306,18 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
     kept = load_checkpoint(first)
     assert (kept.step, kept.caller) == (1, {"next_step": 1})
     assert torch.equal(kept.state["model"]["w"], state["model"]["w"])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("I/O error: No space left on device")])
+def test_a_full_disk_has_a_remedy_whichever_library_meets_it(recipe, tmp_path, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    run = RunDir(tmp_path)
+    session = Session(recipe=recipe, run=run, metrics=MetricsLog(run), progress=Progress())
+    monkeypatch.setattr("posttrain.stages.sft.run_sft_stage", fail)
+    with pytest.raises(OSError, match=r"stage sft-vowels: the disk of .* is full .* --resume"):
+        _run_stage(session, Stage(kind="sft", domain="vowels"))
 
 
 def test_too_small_a_disk_is_refused_beforehand(tmp_path):

@@ -175,6 +175,18 @@ def test_an_environment_that_hangs_ends_at_its_deadline(service, tmp_path):
     assert not any(r.failed for r in again[0].rollouts)
 
 
+def test_a_worker_whose_engine_has_stopped_is_replaced(service, other_weights):
+    victim = process_of(service)
+    ray.get(service._actors[0].__ray_call__.remote(lambda worker: worker._engine.close()))
+    service.load_weights(other_weights, 9)
+    assert process_of(service) != victim
+    [group] = service.play(jobs(SingleTurn(), count=1))
+    assert set(group.rollouts[0].versions.tolist()) == {-1, 9}
+    with pytest.raises(ray.exceptions.RayTaskError, match="unknown tensors"):
+        service.load_weights({**other_weights, "no_such_weight": next(iter(other_weights.values()))}, 10)
+    service.load_weights(other_weights, 11)
+
+
 def test_work_that_kills_every_worker_ends_with_a_message_and_a_living_worker(service, other_weights):
     service.load_weights(other_weights, 8)
     with pytest.raises(RuntimeError, match="died or hung 2 times on the same 1 groups"):

@@ -40,4 +40,3 @@ def test_what_was_not_measured_is_not_zero():
     costs = summarise_costs([{"stage": "distill", "step": 1}])
     assert math.isnan(costs["distillation"]["bytes cached per token"])
     assert math.isnan(costs["distillation"]["teacher loads per step"])
-    assert math.isnan(summarise_costs([])["padding share"])

@@ -50,7 +50,8 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_was_never_disturbed(start_min
     assert [event["stage"] for event in report["resumed"]] == list(KILLS)
     for event in report["resumed"]:
         assert event["step"] >= 1, f"{event['stage']} began again instead of going on"
-        assert f"{event['stage']}" in (run_dir / "report.html").read_text(encoding="utf-8")
+        told = f"<b>{event['stage']}</b> went on after step {event['step']}"
+        assert told in (run_dir / "report.html").read_text(encoding="utf-8")
 
     assert metrics_of(run_dir) == metrics_of(undisturbed)
     assert report["domains"] == json.loads((undisturbed / "report.json").read_text())["domains"]

@@ -37,6 +37,7 @@ from posttrain.types import (
 )
 
 FIELDS = {"n", "base", "sft", "specialist", "student", "gain_ci", "rl_gain_ci", "kept", "kept_ci", "unscored"}
+FIELDS |= {"student_gain_ci"}
 NASTY = "</pre><script>alert('x')</script> & more"
 
 
@@ -153,6 +154,7 @@ def test_gain_in_words(interval, words):
     [
         (0.97, [0.8, 1.1], "good", "kept"),
         (0.97, [None, None], "unclear", "kept, uncertain"),
+        (0.97, [0.79, 1.1], "unclear", "kept, uncertain"),
         (0.8, [0.6, 1.0], "unclear", "partly kept, uncertain"),
         (0.7, [0.6, 0.8], "bad", "partly kept"),
         (0.2, [0.0, 0.4], "bad", "mostly lost"),
@@ -166,11 +168,14 @@ def test_kept_in_words(kept, interval, tone, words):
 
 
 def test_headline_names_the_exceptions():
-    good = {"domain": "math", "gain_ci": [0.1, 0.2], "student": 0.5, "kept": 0.96, "kept_ci": [0.9, 1.0]}
-    flat = {"domain": "code", "gain_ci": [-0.1, 0.2], "student": 0.5, "kept": 0.1, "kept_ci": [0.0, 0.3]}
+    up, down = {"student_gain_ci": [0.1, 0.2]}, {"student_gain_ci": [-0.4, -0.1]}
+    good = {"domain": "math", "gain_ci": [0.1, 0.2], "student": 0.5, "kept": 0.96, "kept_ci": [0.9, 1.0], **up}
+    flat = {"domain": "code", "gain_ci": [-0.1, 0.2], "student": 0.5, "kept": 0.1, "kept_ci": [0.0, 0.3], **up}
+    gone = {"domain": "agent", "gain_ci": [-0.2, 0.1], "student": 0.4, "kept": None, "kept_ci": None, **down}
     assert headline([good]) == "The math specialist beats the base model. The student kept their gains: 96% in math."
     assert "the exceptions: code (not shown)" in headline([good, flat])
     assert "lost part of the gain in code" in headline([good, flat])
+    assert headline([good, gone]).endswith("The student is worse than the base model in agent.")
 
 
 def test_rollout_records_explain_the_reward(tmp_path):

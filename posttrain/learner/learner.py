@@ -101,8 +101,12 @@ class Learner:
             "tokens_per_s": tokens / (time.perf_counter() - started),
             "micro_batches": len(plan),
             "packing_fill": fill(plan, self._budget),
-            "padding_share": 0.0,
         }
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
+        """The loss and the objective's metrics on one mini-batch, as ``update`` would find them; nothing changes."""
+        return self._accumulate(plan_micro_batches(samples, self._budget), objective, Totals.of(samples))
 
     def reference(self, batch: PackedBatch) -> HeadInputs:
         """States and head of the model as it was when this learner was made, without gradient.
@@ -179,7 +183,7 @@ class Learner:
             torch.cuda.empty_cache()
 
     def _accumulate(self, plan: Sequence[Sequence[Sample]], objective: Objective, totals: Totals) -> dict[str, float]:
-        """Add up the gradients of all micro-batches; returns the loss and the objective's metrics."""
+        """Add up losses over micro-batches, and gradients unless they are off; the loss and the objective's metrics."""
         sums: dict[str, list[float]] = {}
         loss_sum = 0.0
         for members in plan:
@@ -190,7 +194,8 @@ class Learner:
                     f"step {self.step}: the loss is {value} in a micro-batch of samples {list(batch.sample_ids)}; "
                     "the weights were not changed"
                 )
-            self._accelerator.backward(loss)
+            if torch.is_grad_enabled():
+                self._accelerator.backward(loss)
             loss_sum += value
             for name, pair in metrics.items():
                 sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]

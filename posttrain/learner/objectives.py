@@ -81,15 +81,18 @@ class GrpoObjective:
         if self.config.beta == 0 or self.reference is None:
             return None
         with torch.no_grad():
-            return self._logprobs(self.reference(batch), batch)[0]
+            return self._logprobs(self.reference(batch), batch, want_entropy=False)[0]
 
-    def _logprobs(self, model: HeadInputs, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _logprobs(
+        self, model: HeadInputs, batch: PackedBatch, *, want_entropy: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return token_logprobs(
             model.hidden_ND,
             model.head_VD,
             batch.targets,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
+            want_entropy=want_entropy,
         )
 
 

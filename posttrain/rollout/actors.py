@@ -203,7 +203,8 @@ class RolloutService:
         for index, actor in enumerate(self._actors):
             try:
                 ray.get(getattr(actor, method).remote(sent.weights, sent.version))
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayError:
+                # Dead, or alive with an engine that has stopped. Weights that do not fit fail again, in the new one.
                 self._replace(index)
 
 

@@ -16,7 +16,6 @@ def summarise_costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "rollouts that failed": _total(played, "failed_rollouts"),
         "rollouts unscored": _total([line for line in played if line["stage"] != "distill"], "unscored"),
         "rollout workers replaced": _total(played, "actors_replaced"),
-        "padding share": _mean(played, "padding_share"),
     }
     if distilled:
         cached_tokens = _total(distilled, "loss_tokens")

@@ -140,10 +140,12 @@ def _mode_summary(evaluation: DomainEvaluation, mode: Mode, options: Bootstrap) 
     scores = evaluation.common_scores(mode)
     base, sft = scores.get("base"), scores.get("sft")
     specialist, student = scores.get("specialist"), scores.get("student")
-    gain = rl_gain = kept = None
+    gain = rl_gain = student_gain = kept = None
     if specialist is not None and base is not None:
         gain = bootstrap_gain(specialist, base, options)
         kept = None if student is None else bootstrap_kept(student, specialist, base, options)
+    if student is not None and base is not None:
+        student_gain = bootstrap_gain(student, base, options)
     if specialist is not None and sft is not None:
         rl_gain = bootstrap_gain(specialist, sft, options)
     return {
@@ -151,6 +153,7 @@ def _mode_summary(evaluation: DomainEvaluation, mode: Mode, options: Bootstrap) 
         **{name: _mean(scores.get(name)) for name in MODELS},
         "gain_ci": _interval(gain),
         "rl_gain_ci": _interval(rl_gain),
+        "student_gain_ci": _interval(student_gain),
         "kept": None if kept is None else _finite(kept.value),
         "kept_ci": _interval(kept),
         "unscored": {name: int(np.isnan(getattr(model, mode)).sum()) for name, model in evaluation.models.items()},

@@ -47,6 +47,7 @@ CURVES = (
     Curve(name="distill_kl", kind="distill", metric="kl", title="KL to the teachers", label="KL, nats per token"),
     Curve(name="grpo_length", kind="grpo", metric="completion_tokens", title="Response length in GRPO", label="tokens"),
     Curve(name="grpo_entropy", kind="grpo", metric="entropy", title="Entropy in GRPO", label="nats per token"),
+    Curve(name="grpo_kl", kind="grpo", metric="kl_ref", title="KL to the start of GRPO", label="KL, nats per token"),
     Curve(name="sft_loss", kind="sft", metric="loss", title="SFT loss", label="nats per token"),
 )
 

@@ -3,7 +3,7 @@
 ::
 
     recipe.json  metrics.jsonl  events.jsonl  tensorboard/  plots/*.png  report.html  report.json
-    stages/<stage>/{rollouts.jsonl, checkpoints/, final/, done.json}
+    stages/<stage>/{rollouts.jsonl, checkpoints/, judges/, final/, done.json}
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class StageDir:
         self.name = path.name
         self.rollouts = path / "rollouts.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.judges = path / "judges"
         self.final = path / "final"
         self._done = path / "done.json"
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 KEPT_ENOUGH = 0.9
 """A student that keeps this share of a specialist's gain has kept it, for all we claim."""
+SURELY_KEPT = 0.8
+"""What the whole interval of the kept share must reach for that claim to stand without a caveat."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +46,7 @@ def kept_verdict(entry: Mapping[str, Any]) -> Verdict:
         return Verdict(tone="none", words="no gain to keep")
     low, high = entry["kept_ci"]
     if entry["kept"] >= KEPT_ENOUGH:
-        # A lower bound under a half means the data do not exclude that most of it was lost.
-        certain = low is not None and low >= 0.5
+        certain = low is not None and low >= SURELY_KEPT
         return Verdict(tone="good", words="kept") if certain else Verdict(tone="unclear", words="kept, uncertain")
     if high is None or high >= KEPT_ENOUGH:
         return Verdict(tone="unclear", words="partly kept, uncertain")
@@ -56,7 +57,7 @@ def kept_verdict(entry: Mapping[str, Any]) -> Verdict:
 
 def headline(domains: Sequence[Mapping[str, Any]]) -> str:
     """One or two sentences: did every specialist beat base, did the student keep the gains."""
-    sentences = [_specialists_sentence(domains), _student_sentence(domains)]
+    sentences = [_specialists_sentence(domains), _student_sentence(domains), _losses_sentence(domains)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -85,6 +86,12 @@ def _student_sentence(domains: Sequence[Mapping[str, Any]]) -> str:
         return f"The student seems to have kept their gains, but not every interval is narrow enough: {shares}."
     lost = [entry["domain"] for entry, verdict in judged if verdict.tone == "bad"]
     return f"The student lost part of the gain in {', '.join(lost)}; what it kept: {shares}."
+
+
+def _losses_sentence(domains: Sequence[Mapping[str, Any]]) -> str:
+    """Where the student is worse than what it started from, gain or no gain of the specialist."""
+    worse = [entry["domain"] for entry in domains if gain_verdict(entry["student_gain_ci"]).tone == "bad"]
+    return f"The student is worse than the base model in {', '.join(worse)}." if worse else ""
 
 
 def percent(value: float | None) -> str:

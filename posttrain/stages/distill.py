@@ -7,21 +7,29 @@ and moves the student along the exact gradient of KL(student || teacher). No rew
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from posttrain.config import Distill, Domain, Recipe
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import RecipeError
+from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import DistillObjective
 from posttrain.models import load_tokenizer
-from posttrain.protocols import Teacher
+from posttrain.protocols import OpenTeachers, Teacher
 from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import distill_samples, rollout_metrics
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.grpo import take_tasks
 from posttrain.stages.session import Session
-from posttrain.types import IntArray, Task
+from posttrain.types import IntArray, Sample, Task
+
+ITSELF = "the student itself"
+"""The name of a teacher that is the student's starting point, which is asked nothing but whether they agree."""
+MAX_SELF_KL = 5e-3
+"""Nats per token between a model and itself, computed on two paths, one of them perhaps in bfloat16."""
 
 
 def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[str, str]) -> None:
@@ -36,17 +44,20 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
-    with config.teachers.open(teachers, student_path=session.base_path, probes=probes) as opened:
+    everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
+    probes[ITSELF] = [probe for group in probes.values() for probe in group]
+    with config.teachers.open(everyone, student_path=session.base_path, probes=probes) as opened:
         objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
+        if first == 0:
+            check_self_distillation(learner, objective, opened, probes[ITSELF])
         for step in range(first, config.max_steps):
             groups = session.rollouts.play(_jobs(session, f"{stage.name}/{step}", next(tasks)))
+            session.check_scored(stage, groups)
             samples = distill_samples((r for g in groups for r in g.rollouts), weights)
+            opened.cache_states(samples)
             metrics = rollout_metrics(groups) | session.rollouts.take_counters()
-            # Without samples, after a failure of every rollout, there is nothing to learn in this step.
-            if samples:
-                opened.cache_states(samples)
-                metrics |= learner.update(samples, objective) | dict(opened.costs())
-                opened.store.free(sample.id for sample in samples)
+            metrics |= learner.update(samples, objective) | dict(opened.costs())
+            opened.store.free(sample.id for sample in samples)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step)
             session.metrics.log(stage.name, step + 1, metrics)
@@ -71,6 +82,38 @@ def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Map
                 "remove distill"
             )
     return teachers
+
+
+def check_self_distillation(
+    learner: Learner, objective: DistillObjective, opened: OpenTeachers, probes: Sequence[IntArray]
+) -> None:
+    """A student that is its own teacher has nothing to learn; checked on the very path that will train it.
+
+    Raises ``RecipeError`` when the KL through cache, head and learner is more than rounding.
+    """
+    samples = [
+        Sample(
+            id=f"{ITSELF}-{index}",
+            task_id="probe",
+            domain=ITSELF,
+            token_ids=probe,
+            loss_mask=np.arange(len(probe)) > 0,
+            logprobs=np.zeros(len(probe), np.float32),
+            versions=np.zeros(len(probe), np.int32),
+            teacher=ITSELF,
+        )
+        for index, probe in enumerate(probes)
+    ]
+    opened.cache_states(samples)
+    kl = learner.evaluate(samples, objective)["kl"]
+    opened.store.free(sample.id for sample in samples)
+    opened.costs()
+    if not kl <= MAX_SELF_KL:
+        raise RecipeError(
+            f"the student as its own teacher: KL(student || teacher) = {kl:.4g} nats per token in the learner, "
+            f"expected at most {MAX_SELF_KL}. They run the same weights differently, and the student would learn the "
+            "difference: compare model.dtype with the teachers', and look for dropout in the model's config"
+        )
 
 
 def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:

@@ -35,7 +35,8 @@ def contestants(
     domains = session.recipe.domains
     yield from (Contestant(model="base", path=session.base_path, domain=name) for name in domains)
     for name in domains:
-        if name in sft:
+        # Without reinforcement the specialist is the SFT model, and one measurement of it is enough.
+        if name in sft and sft[name] != specialists.get(name):
             yield Contestant(model="sft", path=sft[name], domain=name)
         if name in specialists:
             yield Contestant(model="specialist", path=specialists[name], domain=name)
@@ -60,6 +61,7 @@ def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Con
             session.send_checkpoint(entrant.path)
             loaded = entrant.path
         scores, groups = evaluate(session, entrant)
+        session.check_scored(stage, groups)
         log.write_groups(groups, done, model=entrant.model)
         scores.save(stage.path)
         progress.update(done, {"reward": float(np.nanmean(scores.sampled))})
@@ -69,6 +71,11 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
     """One contestant on the held-out tasks of one domain: one greedy rollout and several sampled ones a task."""
     settings = session.recipe.evaluation
     tasks = session.recipe.domains[entrant.domain].tasks.heldout(count=settings.num_tasks)
+    if len(tasks) < settings.num_tasks:
+        session.warn(
+            f"domains.{entrant.domain}.tasks has only {len(tasks)} held-out tasks, not evaluation.num_tasks = "
+            f"{settings.num_tasks}; its intervals are the wider for it."
+        )
     # The ids leave out the contestant, so that all draw with the same random numbers: a paired comparison.
     prefix = f"evaluate/{entrant.domain}"
     greedy = [session.job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]

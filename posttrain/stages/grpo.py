@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from posttrain.config import GRPO, Domain
@@ -19,6 +19,9 @@ from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.session import Session
 from posttrain.types import Group, Sample, Task
+
+COUNTS = ("tokens", "loss_tokens", "micro_batches")
+"""Metrics of an optimizer step that are counted, not averaged."""
 
 
 def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: str) -> None:
@@ -34,9 +37,7 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
         reference=learner.reference if config.beta > 0 else None,
     )
     session.send_policy(learner, version=first)
-    judge = (
-        JudgeSnapshots(session, learner, folder=stage.path / "judge") if session.judged_by_policy(domain_name) else None
-    )
+    judge = JudgeSnapshots(session, learner, folder=stage.judges) if session.judged_by_policy(domain_name) else None
     if judge is not None:
         judge.restore(first, start)
     tasks = take_tasks(domain, session.recipe.seed, skip=first * config.groups_per_step)
@@ -46,11 +47,13 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
         if judge is not None:
             judge.refresh(step)
         groups = play_groups(session, f"{stage.name}/{step}", itertools.islice(tasks, config.groups_per_step), config)
+        session.check_scored(stage, groups)
         advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
         samples = grpo_samples(groups, advantages, config)
         metrics = group_metrics(groups) | session.rollouts.take_counters()
-        for minibatch in minibatches(samples, config, seed=f"{session.recipe.seed}/{stage.name}/{step}"):
-            metrics |= learner.update(minibatch, objective)
+        order = f"{session.recipe.seed}/{stage.name}/{step}"
+        updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
+        metrics |= merge_updates(updates)
         session.send_policy(learner, version=step + 1)
         log.write_groups(groups, step, advantages=advantages)
         session.metrics.log(stage.name, step + 1, metrics)
@@ -94,6 +97,15 @@ def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterat
             minibatch = order[i :: config.minibatches_per_step]
             if any(sample.num_loss_tokens for sample in minibatch):
                 yield minibatch
+
+
+def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of one rollout batch: counts added up over its optimizer steps, everything else their mean."""
+    values: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(found) / (1 if name in COUNTS else len(found)) for name, found in values.items()}
 
 
 class JudgeSnapshots:

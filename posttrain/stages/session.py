@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Self
 
 from posttrain.config import GRPO, Distill, Recipe
 from posttrain.engine.weights import export_weights
+from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.learner import Learner
-from posttrain.models import compute_dtype, load_model, load_tokenizer, resolve_path
+from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
 from posttrain.protocols import PolicyJudged
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Sampling, Task
+from posttrain.types import Group, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ class Session:
     metrics: MetricsLog
     progress: Progress
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _warned: set[str] = field(default_factory=set)
 
     def __enter__(self) -> Self:
         return self
@@ -59,6 +61,11 @@ class Session:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         num_parameters = load_model(self.base_path, torch.bfloat16).num_parameters()
         return compute_dtype(self.recipe.model.dtype, num_parameters, device)
+
+    @cached_property
+    def window(self) -> int:
+        """Tokens the model itself can attend to."""
+        return context_window(self.base_path)
 
     @cached_property
     def rollouts(self) -> RolloutService:
@@ -91,9 +98,32 @@ class Session:
             environment=domain.environment,
             reward=domain.reward if scored else None,
             sampling=_greedy(domain.sampling) if greedy else domain.sampling,
-            max_sequence_tokens=domain.max_sequence_tokens,
+            max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
         )
         return GroupJob(id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed)
+
+    def warn(self, message: str) -> None:
+        """Put something the reader of the report should know into the report."""
+        self.run.log_event(EventKind.WARNING, message=message)
+
+    def check_scored(self, stage: StageDir, groups: Sequence[Group]) -> None:
+        """Warn, once a stage, of rollouts that the machinery failed.
+
+        Raises ``RecipeError`` when it failed all of them: what breaks every rollout is the recipe's or the machine's
+        fault, and a stage that went on would end untrained or unmeasured, with nothing to show it.
+        """
+        scores = [score for group in groups for score in group.scores]
+        # An OK without a value was not asked for one.
+        failures = [score for score in scores if score.value is None and score.status is not ScoreStatus.OK]
+        if not failures:
+            return
+        first = failures[0].error or failures[0].status.value
+        found = f"{stage.name}: {len(failures)} of {len(scores)} rollouts failed or could not be scored, first: {first}"
+        if len(failures) == len(scores):
+            raise RecipeError(f"{found}; mend that and go on with --resume, nothing before this step is lost")
+        if stage.name not in self._warned:
+            self._warned.add(stage.name)
+            self.warn(f"{found[:500]}. More in the stage's rollouts.jsonl.")
 
     def judged_by_policy(self, domain: str) -> bool:
         """Whether this domain's reward asks the policy itself."""

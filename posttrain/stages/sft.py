@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from posttrain.errors import RecipeError
 from posttrain.learner.sft import newest_checkpoint, run_sft
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.session import Session
@@ -13,11 +12,6 @@ def run_sft_stage(session: Session, stage: StageDir, domain_name: str) -> None:
     domain = session.recipe.domains[domain_name]
     assert domain.sft is not None
     demonstrations = domain.tasks.demonstrations(count=domain.sft.num_demonstrations, seed=session.recipe.seed)
-    if not demonstrations:
-        raise RecipeError(
-            f"domains.{domain_name}.sft is set but its task source gave no demonstrations; expected at least one "
-            "conversation; add demonstrations or set sft to none"
-        )
     newest = newest_checkpoint(stage.checkpoints)
     first = int(newest.name.rpartition("-")[2]) if newest else 0
     session.begin(stage, first)

@@ -1,0 +1,95 @@
+"""What the stages decide by themselves, without a run around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.config import Distill, Optim
+from posttrain.errors import RecipeError
+from posttrain.learner.learner import Learner
+from posttrain.learner.objectives import DistillObjective
+from posttrain.loader import load_recipe
+from posttrain.models import load_model
+from posttrain.pipeline import Stage, _run_stage
+from posttrain.runs.metrics import MetricsLog
+from posttrain.runs.progress import Progress
+from posttrain.runs.rundir import EventKind, RunDir
+from posttrain.stages.distill import ITSELF, check_self_distillation
+from posttrain.stages.evaluate import contestants
+from posttrain.stages.grpo import merge_updates
+from posttrain.stages.session import Session
+from posttrain.types import SandboxSpec, Task
+from teachers.library import SwapOnDemand
+from tests.tiny_models import save_tiny_model, tiny_chat
+
+RECIPE = str(Path(__file__).parent / "mini_recipe.py")
+
+
+@pytest.fixture
+def session(tiny_model: str, tmp_path: Path) -> Session:
+    run = RunDir(tmp_path / "run")
+    recipe = load_recipe(RECIPE, [f"model.path={tiny_model}"])
+    return Session(recipe=recipe, run=run, metrics=MetricsLog(run), progress=Progress())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny_model, tmp_path, dtype):
+    library = SwapOnDemand()
+    probes = [tiny_chat().encode_prompt([{"role": "user", "content": text}]) for text in ("a", "what is 2 + 2?")]
+    teachers = {ITSELF: library.from_checkpoint(tiny_model)}
+    with library.open(teachers, student_path=tiny_model, probes={ITSELF: probes}) as opened:
+        objective = DistillObjective(
+            config=Distill(teachers=library, max_steps=1), states=opened.store, head_of=opened.head
+        )
+        for start, is_itself in ((tiny_model, True), (save_tiny_model(tmp_path / "other", seed=1), False)):
+            learner = Learner(
+                load_model(start, torch.float32), optim=Optim(), num_steps=1, tokens_per_micro_batch=64, dtype=dtype
+            )
+            before = learner.weights(torch.float32)
+            if is_itself:
+                check_self_distillation(learner, objective, opened, probes)
+            else:
+                with pytest.raises(RecipeError, match=r"the student as its own teacher: KL.* = [1-9]\.\d+ nats"):
+                    check_self_distillation(learner, objective, opened, probes)
+            assert all(torch.equal(tensor, before[name]) for name, tensor in learner.weights(torch.float32).items())
+        with pytest.raises(KeyError):
+            opened.store.get(f"{ITSELF}-0")
+
+
+def test_a_stage_killed_right_after_its_end_is_tidied_up_when_the_run_goes_on(session):
+    directory = session.run.stage("sft-vowels")
+    for folder in (directory.checkpoints, directory.judges):
+        folder.mkdir(parents=True)
+    directory.mark_done({"seconds": 1.0})
+    for _ in range(2):
+        _run_stage(session, Stage(kind="sft", domain="vowels"))
+    assert not directory.checkpoints.exists()
+    assert not directory.judges.exists()
+    assert [event["kind"] for event in session.run.read_events()] == [EventKind.STAGE_FINISHED]
+
+
+def test_a_specialist_without_reinforcement_is_measured_once(session):
+    sft = {"vowels": "v/sft", "digits": "d/sft"}
+    found = list(contestants(session, sft, {"vowels": "v/sft", "digits": "d/grpo"}, "student"))
+    assert [(c.model, c.path) for c in found if c.domain == "vowels"][1:] == [
+        ("specialist", "v/sft"),
+        ("student", "student"),
+    ]
+    assert [c.path for c in found if c.domain == "digits"][1:] == ["d/sft", "d/grpo", "student"]
+
+
+def test_no_episode_is_longer_than_the_models_window(session):
+    task = Task(id="t", domain="vowels", prompt=({"role": "user", "content": "a"},), sandbox=SandboxSpec())
+    assert session.job("j", task, num_rollouts=1).play.max_sequence_tokens == 64
+    vowels = session.recipe.domains["vowels"].replace(max_sequence_tokens=100_000)
+    session.recipe = session.recipe.replace(domains={"vowels": vowels})
+    assert session.job("j", task, num_rollouts=1).play.max_sequence_tokens == session.window == 256
+
+
+def test_metrics_of_several_optimizer_steps_are_counted_or_averaged():
+    assert merge_updates([]) == {}
+    updates = [{"loss": 1.0, "tokens": 3.0}, {"loss": 2.0, "tokens": 5.0, "kl": 4.0}]
+    assert merge_updates(updates) == {"loss": 1.5, "tokens": 8.0, "kl": 4.0}
