@@ -64,7 +64,8 @@ def math() -> Domain:
         sampling=Sampling(max_tokens=48),
         sft=sft(12),
         grpo=grpo(25, groups=12),
-        share=1.25,
+        # Its form is the furthest from anything the base would say.
+        share=2.0,
     )
 
 
@@ -93,8 +94,6 @@ def agent() -> Domain:
         sampling=Sampling(max_tokens=28),
         sft=sft(6),
         grpo=grpo(14, groups=6),
-        # Its conversations are three times as long as the others' answers.
-        share=0.75,
     )
 
 
@@ -105,9 +104,9 @@ def recipe() -> Recipe:
         domains={"math": math(), "code": code(), "agent": agent()},
         distill=Distill(
             teachers=SwapOnDemand(),
-            max_steps=45,
+            max_steps=50,
             rollouts_per_step=48,
-            optim=Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=3),
+            optim=Optim(learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=3),
         ),
         evaluation=Evaluation(num_tasks=200, num_samples=2),
         # An agent's episode keeps its box between turns, so fewer boxes would mean smaller decode batches.

@@ -450,6 +450,7 @@ class GivesGroup:
         (Score(value=10**400), "Score.value = 1000"),
         (Score(value="1"), "Score.value = '1'"),
         (Score(value=np.zeros(2)), "Score.value = array"),
+        (Score(value=1.0, parts={"style": "fine"}), "parts = {'style': 'fine'}"),
         (0.5, "gave 0.5"),
         (None, "gave None"),
     ],

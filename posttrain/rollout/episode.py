@@ -170,18 +170,17 @@ async def score_rollout(rollout: Rollout, *, reward: Reward, boxes: Boxes, deadl
 def checked(score: object, reward: object) -> Score:
     """A reward's answer with its value as a float, or unscored when it is not one that a step can compute with."""
     if isinstance(score, Score):
-        if score.value is None:
-            return score
         with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
-            if math.isfinite(score.value):
-                return replace(score, value=float(score.value))
-        found = f"Score.value = {score.value!r:.200}"
+            parts = {name: None if part is None else float(part) for name, part in score.parts.items()}
+            if score.value is None or math.isfinite(score.value):
+                return replace(score, value=None if score.value is None else float(score.value), parts=parts)
+        found = f"Score.value = {score.value!r:.200}, parts = {score.parts!r:.200}"
     else:
         found = f"{score!r:.200}"
     return unscored(
         ScoreStatus.REWARD_ERROR,
         f"{type(reward).__name__} gave {found}: expected a Score whose value is a finite number, or None for a rollout "
-        "that could not be scored; fix the reward",
+        "that could not be scored, and whose parts are numbers or None; fix the reward",
     )
 
 
