@@ -63,9 +63,7 @@ def math() -> Domain:
         environment=SingleTurn(),
         sampling=Sampling(max_tokens=48),
         sft=sft(12),
-        grpo=grpo(25, groups=12),
-        # Its form is the furthest from anything the base would say.
-        share=2.0,
+        grpo=grpo(20, groups=12),
     )
 
 
@@ -104,7 +102,7 @@ def recipe() -> Recipe:
         domains={"math": math(), "code": code(), "agent": agent()},
         distill=Distill(
             teachers=SwapOnDemand(),
-            max_steps=50,
+            max_steps=36,
             rollouts_per_step=48,
             optim=Optim(learning_rate=2e-4, lr_scheduler_type="linear", warmup_steps=3),
         ),

@@ -172,13 +172,13 @@ def test_demonstrated_lines_keep_every_rule():
 
 
 def test_a_sum_is_worked_place_by_place():
-    assert worked_sum("42 - 25") == "40 - 20 = 20, 2 - 5 = -3, 20 - 3 = 17"
-    assert worked_sum("7 + 8") == "7 + 8 = 15"
+    assert worked_sum("42 - 25") == "40 - 20 = 20, 2 - 5 = -3, so 20 - 3 = 17."
+    assert worked_sum("7 + 8") == "7 + 8 = 15."
     assert worked_sum("120 + 34 - 5") == (
-        "100 + 0 - 0 = 100, 20 + 30 - 0 = 50, 0 + 4 - 5 = -1, 100 + 50 = 150, 150 - 1 = 149"
+        "100 + 0 - 0 = 100, 20 + 30 - 0 = 50, 0 + 4 - 5 = -1, 100 + 50 = 150, so 150 - 1 = 149."
     )
 
 
 def test_worked_sums_end_with_the_answer():
     for solved in islice(training(MathTasks(worked=True).draw, seed=0), 200):
-        assert solved.solution[0]["content"].rpartition(" = ")[2] == solved.task.answer
+        assert solved.solution[0]["content"].rpartition(" = ")[2] == f"{solved.task.answer}."

@@ -51,7 +51,11 @@ class MathTasks(DrawnTasks):
 
 
 def worked_sum(expression: str) -> str:
-    """A chain of sums done place by place: ``42 - 25`` gives ``40 - 20 = 20, 2 - 5 = -3, 20 - 3 = 17``."""
+    """A chain of sums done place by place: ``42 - 25`` gives ``40 - 20 = 20, 2 - 5 = -3, so 20 - 3 = 17.``
+
+    Prose on purpose: a pretrained model ends it here by itself, where a bare list would go on. A student that never
+    samples the end cannot be taught it by a reverse KL, whose gradient vanishes with the student's probability.
+    """
     signs, numbers = expression.split()[1::2], [int(term) for term in expression.split()[::2]]
     places = [10**power for power in reversed(range(len(str(max(numbers)))))]
     columns = [[number // place % 10 * place for number in numbers] for place in places]
@@ -61,7 +65,8 @@ def worked_sum(expression: str) -> str:
         sign = "-" if value < 0 else "+"
         steps.append((_chain([running, abs(value)], [sign]), running + value))
         running += value
-    return ", ".join(f"{said} = {value}" for said, value in steps)
+    *worked, last = [f"{said} = {value}" for said, value in steps]
+    return ", ".join([*worked, f"so {last}." if worked else f"{last}."])
 
 
 def _chain(numbers: Sequence[int], signs: Sequence[str]) -> str:
