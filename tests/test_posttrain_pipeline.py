@@ -16,6 +16,7 @@ from posttrain.pipeline import plan
 RECIPE = str(Path(__file__).parent / "mini_recipe.py")
 STAGES = ["sft-vowels", "grpo-vowels", "sft-digits", "grpo-digits", "distill", "evaluate"]
 MODE_KEYS = {"n", "base", "sft", "specialist", "student", "gain_ci", "rl_gain_ci", "kept", "kept_ci", "unscored"}
+MODE_KEYS |= {"student_gain_ci"}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
