@@ -9,6 +9,7 @@ import marshal
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
@@ -16,8 +17,10 @@ from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import agent
 from sandbox.cgroups import Hits
 
-SLOTS = 8
+AT_ONCE = 8
 """Commands that run at the same time in one box; more wait their turn."""
+SLOTS = AT_ONCE + 1
+"""Payload uids of a box: one for each of them, and one on which nothing runs, for the fork server to hide behind."""
 START_DEADLINE_S = 60.0
 REPLY_GRACE_S = 20.0
 """How long past a command's own limit the host waits for the agent before it calls the box lost."""
@@ -93,9 +96,11 @@ class AgentSandbox:
         """Kill the box now, from outside. What is pending raises ``SandboxLost``."""
         self._channel = channel
         self._hits = hits
-        self._slots = asyncio.Semaphore(SLOTS)
+        self._slots = asyncio.Semaphore(AT_ONCE)
         self._ops = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Fields]] = {}
+        self._events: dict[int, Callable[[Fields], None]] = {}
+        self._sending = asyncio.Lock()
         self._lost = ""
         self._pump: asyncio.Task[None] | None = None
 
@@ -120,27 +125,48 @@ class AgentSandbox:
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        op_id: str = "",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
         ``max_output`` bounds each stream: its head and its tail are kept, with one line saying how much is missing
         between them. A command that goes on to print 8 MiB more is killed (``OUTPUT_LIMIT``).
+
+        ``cwd`` is relative to the workdir and reached without following links (``OSError`` as for a file). A command
+        with an ``op_id`` runs once: a second one of that name gets the result of the first, which the box keeps until
+        ``acknowledge``.
         """
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         argv = check_argv(command)
-        if limit_s <= 0 or max_output < 0:
-            raise ValueError(f"timeout_s={limit_s}, max_output={max_output}: expected a time > 0 and a size >= 0")
-        pairs = [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
-        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, *argv, *pairs)
+        _check_limits(limit_s, max_output)
+        pairs = _pairs(env)
+        folder = check_path(cwd, allow_workdir=True)
+        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, op_id, folder, *argv, *pairs)
         async with self._slots:
-            before = self._hits() if self._hits else None
-            fields = await self._call(agent.EXEC, body, limit_s + REPLY_GRACE_S)
-            after = self._hits() if self._hits else None
-        return _result(fields, before, after)
+            return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S))[0]
 
-    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR)."""
-        (data,) = await self._file_call(agent.READ, path, max_bytes)
+    async def result_of(self, op_id: str, *, timeout_s: float = START_DEADLINE_S) -> ExecResult:
+        """The result of an ``exec`` with this ``op_id``; waits for one that runs. ``KeyError`` for an unknown one.
+
+        Whether a limit of the whole box was hit (``OOM``, ``PIDS_LIMIT``) is not known any more.
+        """
+        try:
+            return _result(await self.ask(agent.RESULT_OF, agent.pack(op_id), timeout_s), None, None)
+        except FileNotFoundError as error:
+            raise KeyError(op_id) from error
+
+    async def acknowledge(self, op_id: str) -> None:
+        """Let the box forget a result. Unknown names are ignored."""
+        await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
+
+    async def read(self, path: str, *, max_bytes: int = 1 << 20, offset: int | None = None) -> bytes:
+        """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR).
+
+        With an ``offset``, up to ``max_bytes`` from there, however long the file is.
+        """
+        more = () if offset is None else (offset,)
+        (data,) = await self._file_call(agent.READ, path, max_bytes, *more)
         return data
 
     async def write(self, path: str, data: bytes) -> None:
@@ -148,8 +174,8 @@ class AgentSandbox:
         await self._file_call(agent.WRITE, path, data)
 
     async def list(self, path: str = ".") -> list[str]:
-        """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 files."""
-        return sorted(name.decode("utf-8", "surrogateescape") for name in await self._file_call(agent.LIST, path))
+        """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 entries."""
+        return sorted(_text(name) for name in await self._file_call(agent.LIST, path))
 
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
@@ -160,10 +186,29 @@ class AgentSandbox:
 
     async def _file_call(self, kind: int, path: str, *more: bytes | int) -> Fields:
         relative = check_path(path, allow_workdir=kind == agent.LIST)
-        return await self._call(kind, agent.pack(relative, *more), FILE_DEADLINE_S)
+        return await self.ask(kind, agent.pack(relative, *more))
 
-    async def _call(self, kind: int, body: bytes, deadline_s: float) -> Fields:
-        op = next(self._ops)
+    async def command(self, kind: int, body: bytes, deadline_s: float) -> tuple[ExecResult, Fields]:
+        """Ask for something that ends as a command does, and can be cancelled."""
+        before = self._hits() if self._hits else None
+        fields = await self.ask(kind, body, deadline_s, cancels=True)
+        after = self._hits() if self._hits else None
+        return _result(fields, before, after), fields
+
+    async def ask(
+        self,
+        kind: int,
+        body: bytes,
+        deadline_s: float | None = FILE_DEADLINE_S,
+        *,
+        op: int | None = None,
+        cancels: bool = False,
+    ) -> Fields:
+        """Send a request and wait for its reply, for ever without a deadline. The session's and job's way in, too.
+
+        Raises what the agent replied (``OSError``, ``ValueError``) or ``SandboxLost``.
+        """
+        op = next(self._ops) if op is None else op
         reply: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         if self._lost:
             raise SandboxLost(self._lost)
@@ -173,14 +218,14 @@ class AgentSandbox:
             return await self._await(op, reply, deadline_s)
         except asyncio.CancelledError:
             # Only when the agent has answered is everything dead and the uid free again.
-            if kind == agent.EXEC and not self._lost:
+            if cancels and not self._lost:
                 await self._send(agent.HEADER.pack(op, agent.CANCEL, 0))
                 await asyncio.wait({reply}, timeout=REPLY_GRACE_S)
             raise
         finally:
             self._pending.pop(op, None)
 
-    async def _await(self, op: int, reply: asyncio.Future[Fields], deadline_s: float) -> Fields:
+    async def _await(self, op: int, reply: asyncio.Future[Fields], deadline_s: float | None) -> Fields:
         # asyncio.wait, since a cancelled wait_for would cancel the reply that cancelling still needs.
         done, _ = await asyncio.wait({reply}, timeout=deadline_s)
         if not done:
@@ -190,7 +235,9 @@ class AgentSandbox:
 
     async def _send(self, data: bytes) -> None:
         try:
-            await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
+            # One after the other, since a channel may send a large frame in pieces.
+            async with self._sending:
+                await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
         except (OSError, TimeoutError) as error:
             self._fail(f"the channel to the agent broke: {error!r}")
             raise SandboxLost(self._lost) from error
@@ -207,6 +254,10 @@ class AgentSandbox:
         self._fail("the agent is gone")
 
     def _resolve(self, op: int, kind: int, body: bytes) -> None:
+        if kind == agent.EVENT:
+            if op in self._events:
+                self._events[op](agent.unpack(body))
+            return
         reply = self._pending.get(op)
         if reply is None or reply.done():
             return
@@ -223,6 +274,15 @@ class AgentSandbox:
                 reply.set_exception(SandboxLost(self._lost))
                 # Retrieved here, since nobody may be waiting any more.
                 reply.exception()
+
+
+def _check_limits(timeout_s: float, max_output: int) -> None:
+    if timeout_s <= 0 or max_output < 0:
+        raise ValueError(f"timeout_s={timeout_s}, max_output={max_output}: expected a time > 0 and a size >= 0")
+
+
+def _pairs(env: Mapping[str, str] | None) -> list[str]:
+    return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
 
 
 def check_argv(command: str | Sequence[str]) -> list[str]:
@@ -250,6 +310,10 @@ def check_path(path: str, *, allow_workdir: bool = False) -> str:
     return str(pure)
 
 
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
 def _error(code: int, message: str) -> OSError | ValueError:
     return OSError(code, message) if code else ValueError(message)
 
@@ -268,7 +332,7 @@ def _take_frame(buffer: bytearray) -> tuple[int, int, bytes] | None:
 
 def _result(fields: list[bytes], before: Hits | None, after: Hits | None) -> ExecResult:
     status = ExecStatus(fields[0].decode())
-    code, signal, dropped, wall_us, disk_full = (int(fields[i]) for i in (1, 2, 5, 6, 7))
+    code, signal, dropped, wall_us, disk_full, cpu_us, rss_kib = (int(fields[i]) for i in (1, 2, 5, 6, 7, 8, 9))
     failed = signal != 0 or code != 0
     if status in (ExecStatus.EXITED, ExecStatus.SIGNALED) and failed:
         if before and after and after.oom_kills > before.oom_kills:
@@ -285,15 +349,23 @@ def _result(fields: list[bytes], before: Hits | None, after: Hits | None) -> Exe
         stderr=fields[4],
         truncated_bytes=dropped,
         wall_s=wall_us / 1e6,
+        cpu_s=cpu_us / 1e6 if cpu_us >= 0 else None,
+        max_rss_bytes=rss_kib << 10 if rss_kib >= 0 else None,
     )
 
 
 @functools.cache
+def _compiled(part: ModuleType) -> tuple[bytes, bytes, bytes]:
+    """A program for the box: compiled, for one with the host's version of Python, and as source."""
+    assert part.__file__ is not None
+    source = Path(part.__file__).read_bytes()
+    return MAGIC_NUMBER, marshal.dumps(compile(source, part.__name__, "exec")), source
+
+
+@functools.cache
 def _program() -> bytes:
-    """The agent for ``BOOTSTRAP``: compiled, for a box with the host's version of Python, and as source."""
-    source = Path(agent.__file__).read_bytes()
-    code = marshal.dumps(compile(source, "agent", "exec"))
-    return b"".join(len(part).to_bytes(4, "big") + part for part in (MAGIC_NUMBER, code, source))
+    """The agent, for ``BOOTSTRAP``."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in _compiled(agent))
 
 
 async def write_files(box: AgentSandbox) -> None:
