@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import marshal
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
@@ -16,11 +17,14 @@ from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import agent
 from sandbox.cgroups import Hits
+from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
 
 AT_ONCE = 8
 """Commands that run at the same time in one box; more wait their turn."""
 SLOTS = AT_ONCE + 1
 """Payload uids of a box: one for each of them, and one on which nothing runs, for the fork server to hide behind."""
+WRITES_AT_ONCE = 32
+"""Files of an upload on their way at the same time."""
 START_DEADLINE_S = 60.0
 REPLY_GRACE_S = 20.0
 """How long past a command's own limit the host waits for the agent before it calls the box lost."""
@@ -177,6 +181,63 @@ class AgentSandbox:
         """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 entries."""
         return sorted(_text(name) for name in await self._file_call(agent.LIST, path))
 
+    async def entries(self, path: str = ".") -> Sequence[Entry]:
+        """Everything below a directory with kind, size, permissions and time, sorted by path."""
+        rows = iter(await self._file_call(agent.LIST, path, 1))
+        return [_entry(*row) for row in zip(rows, rows, rows, rows, strict=True)]
+
+    async def upload(
+        self,
+        files: Mapping[str, bytes] | bytes,
+        path: str = ".",
+        *,
+        max_entries: int = MAX_ENTRIES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """Write the files of a mapping or an uncompressed tar archive below a directory.
+
+        All is checked before anything is written: a link, a device, a sparse or setuid file, an absolute name or
+        ``..`` is a ``ValueError``, as is exceeding a cap. Each file is replaced atomically; an ``OSError``, such as a
+        full disk, may leave some of them written.
+        """
+        prefix = check_path(path, allow_workdir=True)
+        found = read_files(files, max_entries=max_entries, max_bytes=max_bytes)
+        targets = [check_path(f"{prefix}/{check_path(file.path)}") for file in found]
+        for start in range(0, len(found), WRITES_AT_ONCE):
+            batch = list(zip(targets, found, strict=True))[start : start + WRITES_AT_ONCE]
+            await asyncio.gather(*(self._write(target, file) for target, file in batch))
+
+    async def _write(self, target: str, file: File) -> None:
+        await self._file_call(agent.WRITE, target, file.data, *((b"x",) if file.executable else ()))
+
+    async def download(
+        self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> Mapping[str, bytes]:
+        """The regular files below a directory, or one file, by path relative to the workdir.
+
+        Links and everything else that is no regular file are left out, except that a ``path`` with a link in it is an
+        ``OSError``. ``ValueError`` above a cap, which holds for what is read, whatever sizes the files claim.
+        """
+        relative = check_path(path, allow_workdir=True)
+        pieces: dict[str, bytearray] = {}
+
+        def on_event(fields: Fields) -> None:
+            pieces.setdefault(_text(fields[0]), bytearray()).extend(fields[1])
+
+        op = next(self._ops)
+        self._events[op] = on_event
+        try:
+            await self.ask(agent.DOWNLOAD, agent.pack(relative, max_entries, max_bytes), op=op)
+        finally:
+            del self._events[op]
+        return {name: bytes(data) for name, data in pieces.items()}
+
+    async def download_tar(
+        self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> bytes:
+        """The same as a tar archive, with names relative to the workdir."""
+        return write_tar(await self.download(path, max_entries=max_entries, max_bytes=max_bytes))
+
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
         self._fail("the box was closed")
@@ -312,6 +373,18 @@ def check_path(path: str, *, allow_workdir: bool = False) -> str:
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
+
+
+def _entry(path: bytes, mode: bytes, size: bytes, modified_ns: bytes) -> Entry:
+    bits = int(mode)
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISLNK, "link"))
+    return Entry(
+        path=_text(path),
+        kind=next((kind for test, kind in kinds if test(bits)), "other"),
+        size=int(size),
+        mode=stat.S_IMODE(bits),
+        modified_s=int(modified_ns) / 1e9,
+    )
 
 
 def _error(code: int, message: str) -> OSError | ValueError:
