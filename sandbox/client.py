@@ -11,18 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import agent
+from sandbox import agent, agent_streams
 from sandbox.cgroups import Hits
+from sandbox.streams import Job, Session
 from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
 
 AT_ONCE = 8
 """Commands that run at the same time in one box; more wait their turn."""
 SLOTS = AT_ONCE + 1
 """Payload uids of a box: one for each of them, and one on which nothing runs, for the fork server to hide behind."""
+MAX_HELD = AT_ONCE - 2
+"""Sessions and jobs open at the same time, which leaves room for commands."""
 WRITES_AT_ONCE = 32
 """Files of an upload on their way at the same time."""
 START_DEADLINE_S = 60.0
@@ -101,9 +104,11 @@ class AgentSandbox:
         self._channel = channel
         self._hits = hits
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self._held = 0
         self._ops = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Fields]] = {}
         self._events: dict[int, Callable[[Fields], None]] = {}
+        self._parts: set[str] = set()
         self._sending = asyncio.Lock()
         self._lost = ""
         self._pump: asyncio.Task[None] | None = None
@@ -163,6 +168,69 @@ class AgentSandbox:
     async def acknowledge(self, op_id: str) -> None:
         """Let the box forget a result. Unknown names are ignored."""
         await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
+
+    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> Session:
+        """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
+        body = agent.pack(check_path(cwd, allow_workdir=True), *_pairs(env))
+        op = await self._hold()
+        session = Session(self, op)
+        released = self._release(op)
+
+        def on_event(fields: Fields) -> None:
+            session.on_event(fields)
+            released()
+
+        self._events[op] = on_event
+        try:
+            await self._load(agent_streams)
+            await self.ask(agent_streams.SESSION, body, op=op)
+        except BaseException:
+            released()
+            raise
+        return session
+
+    async def spawn(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        tty: tuple[int, int] | None = None,
+    ) -> Job:
+        """Start a program whose output is read as it comes; ``tty`` is the rows and columns of a terminal for it.
+
+        Without ``timeout_s`` it runs until it ends, is killed, or the box is closed. What it started ends with it.
+        """
+        argv = check_argv(command)
+        size = f"{tty[0]}x{tty[1]}" if tty else ""
+        folder = check_path(cwd, allow_workdir=True)
+        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, size, *argv, *_pairs(env))
+        op = await self._hold()
+        released = self._release(op)
+        job = Job(self, op)
+        self._events[op] = job.on_event
+        try:
+            await self._load(agent_streams)
+            end = asyncio.create_task(self._end_of_job(op, body))
+        except BaseException:
+            released()
+            raise
+        job.watch(end)
+        end.add_done_callback(lambda _: released())
+        either: set[asyncio.Future[Any]] = {end, job.started}
+        await asyncio.wait(either, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if not job.started.done() and not end.done():
+            self._fail("the agent did not start a job")
+        if not job.started.done():
+            # Raises why it could not be started.
+            await end
+        return job
+
+    async def _end_of_job(self, op: int, body: bytes) -> ExecResult:
+        before = self._hits() if self._hits else None
+        fields = await self.ask(agent_streams.SPAWN, body, None, op=op)
+        return _result(fields, before, self._hits() if self._hits else None)
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20, offset: int | None = None) -> bytes:
         """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR).
@@ -248,6 +316,52 @@ class AgentSandbox:
     async def _file_call(self, kind: int, path: str, *more: bytes | int) -> Fields:
         relative = check_path(path, allow_workdir=kind == agent.LIST)
         return await self.ask(kind, agent.pack(relative, *more))
+
+    async def _load(self, part: ModuleType) -> None:
+        """Send a part of the agent that it does not start with."""
+        if part.__name__ in self._parts:
+            return
+        # Marked first: whoever comes next may send at once, since the agent takes one frame after the other.
+        self._parts.add(part.__name__)
+        try:
+            await self.ask(agent.EXTEND, agent.pack(part.__name__, *_compiled(part)))
+        except BaseException:
+            self._parts.discard(part.__name__)
+            raise
+
+    async def _hold(self) -> int:
+        """Take a place for a session or a job, whose operation this is."""
+        if self._held >= MAX_HELD:
+            raise ValueError(f"the box has {self._held} open sessions and jobs; close one first")
+        self._held += 1
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            self._held -= 1
+            raise
+        return next(self._ops)
+
+    def _release(self, op: int) -> Callable[[], None]:
+        """What gives the place back, once."""
+
+        def release() -> None:
+            if self._events.pop(op, None):
+                self._held -= 1
+                self._slots.release()
+
+        return release
+
+    async def signal(self, op: int, number: int) -> None:
+        """For sessions and jobs: a signal to its process group, or SIGKILL to all it has. Ended is not an error."""
+        try:
+            await self.ask(agent_streams.SIGNAL, agent.pack(op, number))
+        except ProcessLookupError:
+            return
+
+    async def tell(self, kind: int, body: bytes) -> None:
+        """Send what has no answer."""
+        if not self._lost:
+            await self._send(agent.HEADER.pack(0, kind, len(body)) + body)
 
     async def command(self, kind: int, body: bytes, deadline_s: float) -> tuple[ExecResult, Fields]:
         """Ask for something that ends as a command does, and can be cancelled."""

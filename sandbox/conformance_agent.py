@@ -9,8 +9,10 @@ from collections.abc import Awaitable, Callable
 from unittest import SkipTest
 
 from posttrain.protocols import Sandbox
-from sandbox.client import AgentSandbox
-from sandbox.expectations import expect, raises
+from posttrain.types import ExecStatus
+from sandbox.client import MAX_HELD, AgentSandbox
+from sandbox.expectations import expect, nothing_runs, raises, still_works
+from sandbox.streams import Job
 
 
 def agent_box(box: Sandbox) -> AgentSandbox:
@@ -98,8 +100,189 @@ async def bad_archives_are_refused(sandbox: Sandbox) -> None:
     await raises(OSError, box.upload({"dir": b"x"}), "over a directory")
 
 
+async def a_session_keeps_its_state(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    async with await box.session() as shell:
+        await shell.run("mkdir -p d; cd d; X='a b'; export Y=2; f() { echo f $1; }; declare -A map=([k]=v); alias l=ls")
+        result = await shell.run("pwd; echo \"$X\"; sh -c 'echo $Y'; f 1; echo ${map[k]}")
+        expect(result.stdout.endswith(b"/d\na b\n2\nf 1\nv\n"), result)
+        failed = await shell.run("echo out; echo err >&2; (exit 5)")
+        seen = (failed.status, failed.exit_code, failed.stdout, failed.stderr)
+        expect(seen == (ExecStatus.EXITED, 5, b"out\n", b"err\n"), failed)
+        expect((await shell.run("echo $?")).stdout == b"5\n", "the status of the last command")
+        expect((await shell.run("cat; read x; echo end")).stdout == b"end\n", "standard input is empty")
+        big = await shell.run(f"x={'y' * 200_000}; echo ${{#x}}")
+        expect(big.stdout == b"200000\n", big)
+
+
+async def a_session_is_not_fooled(sandbox: Sandbox) -> None:
+    """No prompt, marker or shell option changes where a command ends."""
+    box = agent_box(sandbox)
+    async with await box.session() as shell:
+        spoof = await shell.run("for fd in $(seq 3 255); do echo n0 0 2>/dev/null >&$fd; done; sleep 0.3; (exit 9)")
+        expect(spoof.exit_code == 9, spoof)
+        listed = await shell.run("ls /proc/self/fd")
+        expect(listed.stdout.split() == [b"0", b"1", b"2", b"3"], "a program has the private descriptors", listed)
+        for command, code in (
+            ("echo 'unterminated", 2),
+            ("cat <<EOF\nhello", 0),
+            ("for", 2),
+            ("return 3", 2),
+            ("break", 130),
+            ("PS1='$(echo x)'; PS2=y; PROMPT_COMMAND='echo prompt'; IFS=0", 0),
+            ("printf() { echo mine; }; read() { echo mine; }", 0),
+            ("trap 'echo trapped' DEBUG", 0),
+            ("set -x", 0),
+            ("echo a", 0),
+            ("set +x; trap - DEBUG", 0),
+        ):
+            result = await shell.run(command, timeout_s=5)
+            expect((result.status, result.exit_code) == (ExecStatus.EXITED, code), command, result)
+        clean = await shell.run("echo clean")
+        expect((clean.stdout, clean.stderr) == (b"clean\n", b""), clean)
+        await shell.run("exec 5> five")
+        await shell.run("echo x >&5; cat five > /dev/stdout")
+        expect(await box.read("five") == b"x\n", "a redirection for good")
+
+
+async def a_session_ends_as_it_says(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    for command, code in (
+        ("exit 7", 7),
+        ("exec sh -c 'exit 4'", 4),
+        ("set -e; false; echo b", 1),
+    ):
+        shell = await box.session()
+        result = await shell.run(f"echo a; {command}")
+        expect((result.exit_code, result.stdout) == (code, b"a\n"), command, result)
+        expect(shell.ended != "", command)
+        await raises(EOFError, shell.run("true"), command)
+        await shell.close()
+    killed = await box.session()
+    result = await killed.run("setsid sleep 60 & echo a; kill -9 $$")
+    expect((result.status, result.signal, result.stdout) == (ExecStatus.SIGNALED, 9, b"a\n"), result)
+    await nothing_runs(box)
+    shells = [await box.session() for _ in range(MAX_HELD)]
+    await raises(ValueError, box.session(), "one session too many")
+    for shell in shells:
+        await shell.close()
+    await nothing_runs(box)
+
+
+async def a_session_survives_its_commands(sandbox: Sandbox) -> None:
+    """Time and output limits, interrupts, and what runs beside it or in its background."""
+    box = agent_box(sandbox)
+    async with await box.session() as shell:
+        await shell.run("X=kept; sleep 77 &")
+        for endless in ("sleep 60; echo after", "while :; do :; done", "trap '' TERM; for i in 1 2; do sleep 60; done"):
+            late = await shell.run(f"echo before; {endless}", timeout_s=0.5)
+            expect((late.status, late.stdout) == (ExecStatus.TIMEOUT, b"before\n") and late.wall_s < 5, endless, late)
+        expect((await shell.run("echo $X; kill -0 $!")).stdout == b"kept\n", "the state or the background is gone")
+        stubborn = await shell.run("sh -c 'trap \"\" INT TERM; while :; do sleep 1; done'", timeout_s=0.5)
+        expect(stubborn.status is ExecStatus.TIMEOUT and stubborn.wall_s < 6, stubborn)
+        expect((await shell.run("echo $X")).stdout == b"kept\n", "the state is gone after a stubborn program")
+        flood = await shell.run("yes", max_output=1000)
+        expect(flood.status is ExecStatus.OUTPUT_LIMIT and len(flood.stdout) < 1100, flood.status)
+        running = asyncio.create_task(shell.run("sleep 60; echo after"))
+        await asyncio.sleep(0.3)
+        await shell.interrupt()
+        stopped = await running
+        expect((stopped.exit_code, stopped.stdout) == (130, b""), stopped)
+        running = asyncio.create_task(shell.run("sleep 60"))
+        await asyncio.sleep(0.3)
+        running.cancel()
+        await asyncio.wait({running})
+        await shell.run("(sleep 0.2; echo idle) &")
+        await asyncio.sleep(0.5)
+        expect((await shell.run("echo $X")).stdout == b"idle\nkept\n", "output between commands comes with the next")
+        expect((await box.exec("kill -9 -1; sleep 0.1")).status is ExecStatus.EXITED, "a command beside it")
+        expect((await shell.run("echo $X")).stdout == b"kept\n", "a command beside it ended the session")
+    await nothing_runs(box)
+
+
+async def a_job_streams(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    job = await box.spawn("echo one; echo two >&2; read x; echo got $x; cat | tail -c 3; exit 3")
+    expect(await _next(job) == ("stdout", b"one\n"), "the first output")
+    expect(await _next(job) == ("stderr", b"two\n"), "the error output")
+    await job.write_stdin(b"it\n")
+    expect(await _next(job) == ("stdout", b"got it\n"), "an answer")
+    await job.write_stdin(b"x" * 300_000 + b"end", eof=True)
+    expect(await _next(job) == ("stdout", b"end"), "much input")
+    result = await job.wait()
+    expect((result.status, result.exit_code) == (ExecStatus.EXITED, 3), result)
+    await raises(StopAsyncIteration, anext(job), "after the end")
+    await raises(BrokenPipeError, job.write_stdin(b"x"), "after the end")
+    late = await box.spawn("setsid sleep 60 & sleep 60", timeout_s=0.4)
+    expect((await late.wait()).status is ExecStatus.TIMEOUT, "a time limit")
+    killed = await box.spawn("setsid sleep 60 & sleep 60")
+    await still_works(box)
+    await killed.kill()
+    expect((await killed.wait()).signal == 9, "a killed job")
+    await raises(FileNotFoundError, box.spawn("true", cwd="absent"), "absent")
+    await nothing_runs(box)
+
+
+async def _next(job: Job) -> tuple[str, bytes]:
+    async with asyncio.timeout(10):
+        chunk = await anext(job)
+    return chunk.stream, chunk.data
+
+
+async def a_job_waits_for_its_reader(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    size = 3_000_000
+    async with await box.spawn(f"head -c {size} /dev/zero; echo done >&2; sleep 60") as job:
+        await asyncio.sleep(0.5)
+        await still_works(box)
+        waiting = sum(len(chunk.data) for chunk in job.waiting)
+        expect(waiting < 1_000_000, f"{waiting} bytes came without being asked for")
+        got = 0
+        async with asyncio.timeout(20):
+            async for chunk in job:
+                got += len(chunk.data) if chunk.stream == "stdout" else 0
+                if chunk.stream == "stderr" and got == size:
+                    break
+    await nothing_runs(box)
+
+
+async def a_terminal_is_one(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    job = await box.spawn(["bash", "--norc", "-i"], tty=(24, 80), env={"PS1": "$ ", "TERM": "dumb"})
+    await job.write_stdin(b"tty; stty size; trap 'echo cau''ght' INT\n")
+    expect(b"24 80" in await _until(job, b"24 80"), "the size")
+    await job.resize(50, 132)
+    await job.write_stdin(b"stty size\n")
+    await _until(job, b"50 132")
+    await job.write_stdin(b"trap - INT; sleep 60; echo no''t\n")
+    await asyncio.sleep(0.3)
+    await job.write_stdin(b"\x03echo ba''ck\n")
+    expect(b"not" not in await _until(job, b"back"), "Ctrl-C")
+    await job.write_stdin(b"exit 3\n")
+    async with asyncio.timeout(10):
+        async for _ in job:
+            pass
+    expect((await job.wait()).exit_code == 3, await job.wait())
+    await nothing_runs(box)
+
+
+async def _until(job: Job, text: bytes) -> bytes:
+    seen = b""
+    async with asyncio.timeout(10):
+        while text not in seen:
+            seen += (await anext(job)).data
+    return seen
+
+
 AGENT_CHECKS: tuple[Callable[[Sandbox], Awaitable[None]], ...] = (
     a_named_command_runs_once,
     trees_go_in_and_out,
     bad_archives_are_refused,
+    a_session_keeps_its_state,
+    a_session_is_not_fooled,
+    a_session_ends_as_it_says,
+    a_session_survives_its_commands,
+    a_job_streams,
+    a_job_waits_for_its_reader,
+    a_terminal_is_one,
 )
