@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import agent, agent_streams
+from sandbox import agent, agent_python, agent_streams
 from sandbox.cgroups import Hits
 from sandbox.streams import Job, Session
 from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
@@ -109,9 +109,13 @@ class AgentSandbox:
         self._pending: dict[int, asyncio.Future[Fields]] = {}
         self._events: dict[int, Callable[[Fields], None]] = {}
         self._parts: set[str] = set()
+        self._calling = asyncio.Lock()
         self._sending = asyncio.Lock()
         self._lost = ""
         self._pump: asyncio.Task[None] | None = None
+        self.spoiled = ""
+        """Why no stranger may get this box after its user; empty while it has only had calls that left nothing."""
+        self.num_calls = 0
 
     async def start(self, *, uid: int, limits: Mapping[int, int]) -> None:
         """Send the agent's program and wait until it answers.
@@ -152,6 +156,7 @@ class AgentSandbox:
         pairs = _pairs(env)
         folder = check_path(cwd, allow_workdir=True)
         body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, op_id, folder, *argv, *pairs)
+        self.spoiled = self.spoiled or "a command ran in it"
         async with self._slots:
             return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S))[0]
 
@@ -168,6 +173,33 @@ class AgentSandbox:
     async def acknowledge(self, op_id: str) -> None:
         """Let the box forget a result. Unknown names are ignored."""
         await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
+
+    async def call(
+        self,
+        source: str,
+        *,
+        args: Sequence[str] = (),
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        max_output: int = 1 << 20,
+        env: Mapping[str, str] | None = None,
+    ) -> ExecResult:
+        """Run a Python program as ``python3 -I -c`` would, forked from a started interpreter. One at a time.
+
+        It runs in an empty directory of its own. On return its processes are dead and what it wrote is deleted.
+        """
+        limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
+        _check_limits(limit_s, max_output)
+        program = agent.pack(source, len(args), *args, *_pairs(env))
+        body = agent.pack(int(limit_s * 1e6), max_output, stdin, program)
+        async with self._calling, self._slots:
+            spoiled, self.spoiled = self.spoiled, self.spoiled or "a call did not return"
+            self.num_calls += 1
+            await self._load(agent_python)
+            result, fields = await self.command(agent_python.CALL, body, limit_s + REPLY_GRACE_S)
+        ended = result.status in (ExecStatus.EXITED, ExecStatus.SIGNALED)
+        self.spoiled = spoiled or fields[10].decode("utf-8", "replace") or ("" if ended else result.status.value)
+        return result
 
     async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> Session:
         """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
@@ -243,6 +275,7 @@ class AgentSandbox:
 
     async def write(self, path: str, data: bytes) -> None:
         """Create or replace a file, atomically, with its parent directories. A full disk is an ``OSError``."""
+        self.spoiled = self.spoiled or "a file was written"
         await self._file_call(agent.WRITE, path, data)
 
     async def list(self, path: str = ".") -> list[str]:
@@ -271,6 +304,7 @@ class AgentSandbox:
         prefix = check_path(path, allow_workdir=True)
         found = read_files(files, max_entries=max_entries, max_bytes=max_bytes)
         targets = [check_path(f"{prefix}/{check_path(file.path)}") for file in found]
+        self.spoiled = self.spoiled or "a file was written"
         for start in range(0, len(found), WRITES_AT_ONCE):
             batch = list(zip(targets, found, strict=True))[start : start + WRITES_AT_ONCE]
             await asyncio.gather(*(self._write(target, file) for target, file in batch))
@@ -306,6 +340,12 @@ class AgentSandbox:
         """The same as a tar archive, with names relative to the workdir."""
         return write_tar(await self.download(path, max_entries=max_entries, max_bytes=max_bytes))
 
+    async def warm_up(self) -> None:
+        """Start what ``call`` needs, so that the first call is as quick as the others. ``SandboxError`` if it fails."""
+        result = await self.call("")
+        if not result.ok or self.spoiled:
+            raise SandboxError(f"the box cannot run Python: {result}, {self.spoiled}")
+
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
         self._fail("the box was closed")
@@ -334,6 +374,7 @@ class AgentSandbox:
         if self._held >= MAX_HELD:
             raise ValueError(f"the box has {self._held} open sessions and jobs; close one first")
         self._held += 1
+        self.spoiled = self.spoiled or "a session or a job ran in it"
         try:
             await self._slots.acquire()
         except BaseException:

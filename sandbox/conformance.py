@@ -23,14 +23,16 @@ from unittest import SkipTest
 from posttrain.errors import RecipeError, SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecStatus, SandboxSpec
+from sandbox import container, function
 from sandbox.conformance_agent import AGENT_CHECKS
-from sandbox.container import Container, close_pools
+from sandbox.container import Container
 from sandbox.expectations import expect, nothing_runs, python, raises, still_works
+from sandbox.function import Function
 from sandbox.process import Process
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
-KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container()}
+KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container(), "function": Function(warm=1)}
 Check = Callable[[Sandbox], Awaitable[None]]
 
 
@@ -338,6 +340,12 @@ async def run(substrate: Substrate) -> dict[str, tuple[str, str]]:
             outcome[name] = ("FAIL", repr(error)[:600])
     await close_pools()
     return outcome
+
+
+async def close_pools() -> None:
+    """Remove the boxes that substrates have started ahead in this event loop."""
+    await container.close_pools()
+    await function.close_pools()
 
 
 def find_substrate(name: str) -> Substrate:

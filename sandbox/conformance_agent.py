@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import tarfile
+import time
 from collections.abc import Awaitable, Callable
 from unittest import SkipTest
 
@@ -274,6 +275,112 @@ async def _until(job: Job, text: bytes) -> bytes:
     return seen
 
 
+async def a_call_is_like_a_program(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    program = """
+import os, sys
+print(sys.argv, sys.stdin.read(), __name__, os.listdir("."), os.environ["KEY"])
+print("error", file=sys.stderr)
+import atexit
+atexit.register(print, "at exit")
+sys.exit(3)
+"""
+    result = await box.call(program, args=["a", "b"], stdin=b"input", env={"KEY": "value"})
+    expect((result.status, result.exit_code) == (ExecStatus.EXITED, 3), result)
+    expect(result.stdout == b"['-c', 'a', 'b'] input __main__ [] value\nat exit\n", result)
+    expect(result.stderr == b"error\n", result)
+    raised = await box.call("def f():\n    raise KeyError(1)\nf()")
+    expect(raised.exit_code == 1 and b"KeyError: 1" in raised.stderr and b"sandbox" not in raised.stderr, raised)
+    expect((await box.call("syntax error")).exit_code == 1, "a syntax error")
+    expect((await box.call("import os; os.abort()")).signal == 6, "a signal")
+    expect((await box.call("import sys; sys.exit('why')")).stderr == b"why\n", "a message as exit code")
+    expect((await box.call("print('x' * 100_000)", max_output=100)).truncated_bytes > 99_000, "much output")
+    started = time.monotonic()
+    late = await box.call("print(1, flush=True)\nwhile True: pass", timeout_s=0.4)
+    expect((late.status, late.stdout) == (ExecStatus.TIMEOUT, b"1\n"), late)
+    expect(time.monotonic() - started < 5, "a call that does not end")
+    first, second = await asyncio.gather(*(box.call("import random; print(random.random())") for _ in range(2)))
+    expect(first.ok and second.ok and first.stdout != second.stdout, "two calls draw the same numbers")
+
+
+async def calls_are_apart(sandbox: Sandbox) -> None:
+    """A call has no rights and finds nothing of another, nor of the agent."""
+    box = agent_box(sandbox)
+    rights = await box.call("import os; print(open('/proc/self/status').read(), os.getresuid(), os.getgroups())")
+    fields = dict(line.split(":", 1) for line in rights.stdout.decode().splitlines() if ":" in line)
+    expect(int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == int(fields["CapAmb"], 16) == 0, rights)
+    expect(fields["NoNewPrivs"].strip() == "1" and fields["Seccomp"].strip() == "2", rights)
+    program = """
+import os, subprocess, sys
+try:
+    os.setuid(0); print("ROOT")
+except OSError: pass
+for pid in os.listdir("/proc"):
+    if pid.isdigit() and int(pid) != os.getpid():
+        for name in ("mem", "fd/0", "fd/1", "fd/3", "environ", "maps"):
+            try: os.open(f"/proc/{pid}/{name}", os.O_RDONLY); print("REACHED", pid, name)
+            except OSError: pass
+        try: os.kill(int(pid), 9); print("KILLED", pid)
+        except OSError: pass
+for fd in range(3, 256):
+    try: os.fstat(fd); print("OPEN", fd)
+    except OSError: pass
+"""
+    attack = await box.call(program)
+    expect(attack.ok and attack.stdout == b"", attack)
+    secret = "correct-horse-battery"
+    await box.call(f"x = {secret!r}; print(x)", stdin=secret.encode(), args=[secret], env={"SECRET": secret})
+    hunt = """
+import ctypes, sys
+mine = ctypes.create_string_buffer(b"correct" + b"-horse-" + sys.argv[1].encode())
+needle = b"orse-" + sys.argv[1].encode()
+found = 0
+for line in open("/proc/self/maps").readlines():
+    span, mode = line.split()[:2]
+    if mode.startswith("rw"):
+        low, high = (int(part, 16) for part in span.split("-"))
+        data = ctypes.string_at(low, high - low)
+        at = data.find(needle)
+        while at >= 0:
+            found += data[at - 9 : at] == b"correct-h"
+            at = data.find(needle, at + 1)
+print(found)
+"""
+    searched = await box.call(hunt, args=["battery"])
+    # It finds what it planted, in the buffer and in what that was made from, or else it proves nothing.
+    expect(searched.ok and 1 <= int(searched.stdout) <= 2, "one call's words are in the memory of the next", searched)
+    leaves = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(60)
+open("here", "w").write("x")
+os.mkdir("locked", 0)
+open("/tmp/there", "w")
+os.symlink("/etc", "/dev/shm/link")
+"""
+    left = await box.call(leaves)
+    expect(left.ok, left)
+    looked = await box.call("import os; print(os.listdir('/tmp'), os.listdir('..'), os.listdir('/dev/shm'))")
+    expect(looked.stdout.startswith(b"[] ['call-") and looked.stdout.endswith(b"] []\n"), looked)
+    await nothing_runs(box)
+
+
+async def a_call_that_spoils_its_box_is_noticed(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+    box.spoiled = ""
+    expect((await box.call("print(1)")).ok and box.spoiled == "", box.spoiled)
+    await box.call("import ctypes; ctypes.CDLL(None).shmget(77, 4096, 0o1666)")
+    expect("shm" in box.spoiled, box.spoiled)
+    box.spoiled = ""
+    await box.call("import os\nfor i in range(3000): open(str(i), 'w').close()")
+    expect("cleaned" in box.spoiled, box.spoiled)
+    box.spoiled = ""
+    await box.call("while True: pass", timeout_s=0.1)
+    expect(box.spoiled == "timeout", box.spoiled)
+    await still_works(box)
+
+
 AGENT_CHECKS: tuple[Callable[[Sandbox], Awaitable[None]], ...] = (
     a_named_command_runs_once,
     trees_go_in_and_out,
@@ -285,4 +392,7 @@ AGENT_CHECKS: tuple[Callable[[Sandbox], Awaitable[None]], ...] = (
     a_job_streams,
     a_job_waits_for_its_reader,
     a_terminal_is_one,
+    a_call_is_like_a_program,
+    calls_are_apart,
+    a_call_that_spoils_its_box_is_noticed,
 )
