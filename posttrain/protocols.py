@@ -65,10 +65,13 @@ class Sandbox(Protocol):
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        cwd: str = ".",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
-        Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
+        ``cwd`` is relative to the workdir and reached without following links; ``FileNotFoundError`` and
+        ``NotADirectoryError`` as for a file. Whatever the payload does is a result; a box that is gone raises
+        ``SandboxLost``.
         """
         ...
 

@@ -77,6 +77,10 @@ class ExecResult:
     truncated_bytes: int = 0
     """Bytes of output beyond the cap that were thrown away, both streams together."""
     wall_s: float = 0.0
+    cpu_s: float | None = None
+    """User and system time of all its processes; None where it is not measured."""
+    max_rss_bytes: int | None = None
+    """Memory of its largest process, at least that of the forked agent (about 10 MB); None where not measured."""
 
     @property
     def ok(self) -> bool:

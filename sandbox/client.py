@@ -6,18 +6,28 @@ import asyncio
 import functools
 import itertools
 import marshal
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import agent
+from sandbox import agent, agent_python, agent_streams
 from sandbox.cgroups import Hits
+from sandbox.streams import Job, Session
+from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
 
-SLOTS = 8
+AT_ONCE = 8
 """Commands that run at the same time in one box; more wait their turn."""
+SLOTS = AT_ONCE + 1
+"""Payload uids of a box: one for each of them, and one on which nothing runs, for the fork server to hide behind."""
+MAX_HELD = AT_ONCE - 2
+"""Sessions and jobs open at the same time, which leaves room for commands."""
+WRITES_AT_ONCE = 32
+"""Files of an upload on their way at the same time."""
 START_DEADLINE_S = 60.0
 REPLY_GRACE_S = 20.0
 """How long past a command's own limit the host waits for the agent before it calls the box lost."""
@@ -93,11 +103,19 @@ class AgentSandbox:
         """Kill the box now, from outside. What is pending raises ``SandboxLost``."""
         self._channel = channel
         self._hits = hits
-        self._slots = asyncio.Semaphore(SLOTS)
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._held = 0
         self._ops = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Fields]] = {}
+        self._events: dict[int, Callable[[Fields], None]] = {}
+        self._parts: set[str] = set()
+        self._calling = asyncio.Lock()
+        self._sending = asyncio.Lock()
         self._lost = ""
         self._pump: asyncio.Task[None] | None = None
+        self.spoiled = ""
+        """Why no stranger may get this box after its user; empty while it has only had calls that left nothing."""
+        self.num_calls = 0
 
     async def start(self, *, uid: int, limits: Mapping[int, int]) -> None:
         """Send the agent's program and wait until it answers.
@@ -120,36 +138,213 @@ class AgentSandbox:
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        op_id: str = "",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
         ``max_output`` bounds each stream: its head and its tail are kept, with one line saying how much is missing
         between them. A command that goes on to print 8 MiB more is killed (``OUTPUT_LIMIT``).
+
+        ``cwd`` is relative to the workdir and reached without following links (``OSError`` as for a file). A command
+        with an ``op_id`` runs once: a second one of that name gets the result of the first, which the box keeps until
+        ``acknowledge``.
         """
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         argv = check_argv(command)
-        if limit_s <= 0 or max_output < 0:
-            raise ValueError(f"timeout_s={limit_s}, max_output={max_output}: expected a time > 0 and a size >= 0")
-        pairs = [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
-        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, *argv, *pairs)
+        _check_limits(limit_s, max_output)
+        pairs = _pairs(env)
+        folder = check_path(cwd, allow_workdir=True)
+        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, op_id, folder, *argv, *pairs)
+        self.spoiled = self.spoiled or "a command ran in it"
         async with self._slots:
-            before = self._hits() if self._hits else None
-            fields = await self._call(agent.EXEC, body, limit_s + REPLY_GRACE_S)
-            after = self._hits() if self._hits else None
-        return _result(fields, before, after)
+            return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S))[0]
 
-    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR)."""
-        (data,) = await self._file_call(agent.READ, path, max_bytes)
+    async def result_of(self, op_id: str, *, timeout_s: float = START_DEADLINE_S) -> ExecResult:
+        """The result of an ``exec`` with this ``op_id``; waits for one that runs. ``KeyError`` for an unknown one.
+
+        Whether a limit of the whole box was hit (``OOM``, ``PIDS_LIMIT``) is not known any more.
+        """
+        try:
+            return _result(await self.ask(agent.RESULT_OF, agent.pack(op_id), timeout_s), None, None)
+        except FileNotFoundError as error:
+            raise KeyError(op_id) from error
+
+    async def acknowledge(self, op_id: str) -> None:
+        """Let the box forget a result. Unknown names are ignored."""
+        await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
+
+    async def call(
+        self,
+        source: str,
+        *,
+        args: Sequence[str] = (),
+        stdin: bytes = b"",
+        timeout_s: float | None = None,
+        max_output: int = 1 << 20,
+        env: Mapping[str, str] | None = None,
+    ) -> ExecResult:
+        """Run a Python program as ``python3 -I -c`` would, forked from a started interpreter. One at a time.
+
+        It runs in an empty directory of its own. On return its processes are dead and what it wrote is deleted.
+        """
+        limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
+        _check_limits(limit_s, max_output)
+        program = agent.pack(source, len(args), *args, *_pairs(env))
+        body = agent.pack(int(limit_s * 1e6), max_output, stdin, program)
+        async with self._calling, self._slots:
+            spoiled, self.spoiled = self.spoiled, self.spoiled or "a call did not return"
+            self.num_calls += 1
+            await self._load(agent_python)
+            result, fields = await self.command(agent_python.CALL, body, limit_s + REPLY_GRACE_S)
+        ended = result.status in (ExecStatus.EXITED, ExecStatus.SIGNALED)
+        self.spoiled = spoiled or fields[10].decode("utf-8", "replace") or ("" if ended else result.status.value)
+        return result
+
+    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> Session:
+        """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
+        body = agent.pack(check_path(cwd, allow_workdir=True), *_pairs(env))
+        op = await self._hold()
+        session = Session(self, op)
+        released = self._release(op)
+
+        def on_event(fields: Fields) -> None:
+            session.on_event(fields)
+            released()
+
+        self._events[op] = on_event
+        try:
+            await self._load(agent_streams)
+            await self.ask(agent_streams.SESSION, body, op=op)
+        except BaseException:
+            released()
+            raise
+        return session
+
+    async def spawn(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = ".",
+        tty: tuple[int, int] | None = None,
+    ) -> Job:
+        """Start a program whose output is read as it comes; ``tty`` is the rows and columns of a terminal for it.
+
+        Without ``timeout_s`` it runs until it ends, is killed, or the box is closed. What it started ends with it.
+        """
+        argv = check_argv(command)
+        size = f"{tty[0]}x{tty[1]}" if tty else ""
+        folder = check_path(cwd, allow_workdir=True)
+        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, size, *argv, *_pairs(env))
+        op = await self._hold()
+        released = self._release(op)
+        job = Job(self, op)
+        self._events[op] = job.on_event
+        try:
+            await self._load(agent_streams)
+            end = asyncio.create_task(self._end_of_job(op, body))
+        except BaseException:
+            released()
+            raise
+        job.watch(end)
+        end.add_done_callback(lambda _: released())
+        either: set[asyncio.Future[Any]] = {end, job.started}
+        await asyncio.wait(either, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED)
+        if not job.started.done() and not end.done():
+            self._fail("the agent did not start a job")
+        if not job.started.done():
+            # Raises why it could not be started.
+            await end
+        return job
+
+    async def _end_of_job(self, op: int, body: bytes) -> ExecResult:
+        before = self._hits() if self._hits else None
+        fields = await self.ask(agent_streams.SPAWN, body, None, op=op)
+        return _result(fields, before, self._hits() if self._hits else None)
+
+    async def read(self, path: str, *, max_bytes: int = 1 << 20, offset: int | None = None) -> bytes:
+        """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR).
+
+        With an ``offset``, up to ``max_bytes`` from there, however long the file is.
+        """
+        more = () if offset is None else (offset,)
+        (data,) = await self._file_call(agent.READ, path, max_bytes, *more)
         return data
 
     async def write(self, path: str, data: bytes) -> None:
         """Create or replace a file, atomically, with its parent directories. A full disk is an ``OSError``."""
+        self.spoiled = self.spoiled or "a file was written"
         await self._file_call(agent.WRITE, path, data)
 
     async def list(self, path: str = ".") -> list[str]:
-        """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 files."""
-        return sorted(name.decode("utf-8", "surrogateescape") for name in await self._file_call(agent.LIST, path))
+        """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 entries."""
+        return sorted(_text(name) for name in await self._file_call(agent.LIST, path))
+
+    async def entries(self, path: str = ".") -> Sequence[Entry]:
+        """Everything below a directory with kind, size, permissions and time, sorted by path."""
+        rows = iter(await self._file_call(agent.LIST, path, 1))
+        return [_entry(*row) for row in zip(rows, rows, rows, rows, strict=True)]
+
+    async def upload(
+        self,
+        files: Mapping[str, bytes] | bytes,
+        path: str = ".",
+        *,
+        max_entries: int = MAX_ENTRIES,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        """Write the files of a mapping or an uncompressed tar archive below a directory.
+
+        All is checked before anything is written: a link, a device, a sparse or setuid file, an absolute name or
+        ``..`` is a ``ValueError``, as is exceeding a cap. Each file is replaced atomically; an ``OSError``, such as a
+        full disk, may leave some of them written.
+        """
+        prefix = check_path(path, allow_workdir=True)
+        found = read_files(files, max_entries=max_entries, max_bytes=max_bytes)
+        targets = [check_path(f"{prefix}/{check_path(file.path)}") for file in found]
+        self.spoiled = self.spoiled or "a file was written"
+        for start in range(0, len(found), WRITES_AT_ONCE):
+            batch = list(zip(targets, found, strict=True))[start : start + WRITES_AT_ONCE]
+            await asyncio.gather(*(self._write(target, file) for target, file in batch))
+
+    async def _write(self, target: str, file: File) -> None:
+        await self._file_call(agent.WRITE, target, file.data, *((b"x",) if file.executable else ()))
+
+    async def download(
+        self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> Mapping[str, bytes]:
+        """The regular files below a directory, or one file, by path relative to the workdir.
+
+        Links and everything else that is no regular file are left out, except that a ``path`` with a link in it is an
+        ``OSError``. ``ValueError`` above a cap, which holds for what is read, whatever sizes the files claim.
+        """
+        relative = check_path(path, allow_workdir=True)
+        pieces: dict[str, bytearray] = {}
+
+        def on_event(fields: Fields) -> None:
+            pieces.setdefault(_text(fields[0]), bytearray()).extend(fields[1])
+
+        op = next(self._ops)
+        self._events[op] = on_event
+        try:
+            await self.ask(agent.DOWNLOAD, agent.pack(relative, max_entries, max_bytes), op=op)
+        finally:
+            del self._events[op]
+        return {name: bytes(data) for name, data in pieces.items()}
+
+    async def download_tar(
+        self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> bytes:
+        """The same as a tar archive, with names relative to the workdir."""
+        return write_tar(await self.download(path, max_entries=max_entries, max_bytes=max_bytes))
+
+    async def warm_up(self) -> None:
+        """Start what ``call`` needs, so that the first call is as quick as the others. ``SandboxError`` if it fails."""
+        result = await self.call("")
+        if not result.ok or self.spoiled:
+            raise SandboxError(f"the box cannot run Python: {result}, {self.spoiled}")
 
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
@@ -160,10 +355,76 @@ class AgentSandbox:
 
     async def _file_call(self, kind: int, path: str, *more: bytes | int) -> Fields:
         relative = check_path(path, allow_workdir=kind == agent.LIST)
-        return await self._call(kind, agent.pack(relative, *more), FILE_DEADLINE_S)
+        return await self.ask(kind, agent.pack(relative, *more))
 
-    async def _call(self, kind: int, body: bytes, deadline_s: float) -> Fields:
-        op = next(self._ops)
+    async def _load(self, part: ModuleType) -> None:
+        """Send a part of the agent that it does not start with."""
+        if part.__name__ in self._parts:
+            return
+        # Marked first: whoever comes next may send at once, since the agent takes one frame after the other.
+        self._parts.add(part.__name__)
+        try:
+            await self.ask(agent.EXTEND, agent.pack(part.__name__, *_compiled(part)))
+        except BaseException:
+            self._parts.discard(part.__name__)
+            raise
+
+    async def _hold(self) -> int:
+        """Take a place for a session or a job, whose operation this is."""
+        if self._held >= MAX_HELD:
+            raise ValueError(f"the box has {self._held} open sessions and jobs; close one first")
+        self._held += 1
+        self.spoiled = self.spoiled or "a session or a job ran in it"
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            self._held -= 1
+            raise
+        return next(self._ops)
+
+    def _release(self, op: int) -> Callable[[], None]:
+        """What gives the place back, once."""
+
+        def release() -> None:
+            if self._events.pop(op, None):
+                self._held -= 1
+                self._slots.release()
+
+        return release
+
+    async def signal(self, op: int, number: int) -> None:
+        """For sessions and jobs: a signal to its process group, or SIGKILL to all it has. Ended is not an error."""
+        try:
+            await self.ask(agent_streams.SIGNAL, agent.pack(op, number))
+        except ProcessLookupError:
+            return
+
+    async def tell(self, kind: int, body: bytes) -> None:
+        """Send what has no answer."""
+        if not self._lost:
+            await self._send(agent.HEADER.pack(0, kind, len(body)) + body)
+
+    async def command(self, kind: int, body: bytes, deadline_s: float) -> tuple[ExecResult, Fields]:
+        """Ask for something that ends as a command does, and can be cancelled."""
+        before = self._hits() if self._hits else None
+        fields = await self.ask(kind, body, deadline_s, cancels=True)
+        after = self._hits() if self._hits else None
+        return _result(fields, before, after), fields
+
+    async def ask(
+        self,
+        kind: int,
+        body: bytes,
+        deadline_s: float | None = FILE_DEADLINE_S,
+        *,
+        op: int | None = None,
+        cancels: bool = False,
+    ) -> Fields:
+        """Send a request and wait for its reply, for ever without a deadline. The session's and job's way in, too.
+
+        Raises what the agent replied (``OSError``, ``ValueError``) or ``SandboxLost``.
+        """
+        op = next(self._ops) if op is None else op
         reply: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         if self._lost:
             raise SandboxLost(self._lost)
@@ -173,14 +434,14 @@ class AgentSandbox:
             return await self._await(op, reply, deadline_s)
         except asyncio.CancelledError:
             # Only when the agent has answered is everything dead and the uid free again.
-            if kind == agent.EXEC and not self._lost:
+            if cancels and not self._lost:
                 await self._send(agent.HEADER.pack(op, agent.CANCEL, 0))
                 await asyncio.wait({reply}, timeout=REPLY_GRACE_S)
             raise
         finally:
             self._pending.pop(op, None)
 
-    async def _await(self, op: int, reply: asyncio.Future[Fields], deadline_s: float) -> Fields:
+    async def _await(self, op: int, reply: asyncio.Future[Fields], deadline_s: float | None) -> Fields:
         # asyncio.wait, since a cancelled wait_for would cancel the reply that cancelling still needs.
         done, _ = await asyncio.wait({reply}, timeout=deadline_s)
         if not done:
@@ -190,7 +451,9 @@ class AgentSandbox:
 
     async def _send(self, data: bytes) -> None:
         try:
-            await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
+            # One after the other, since a channel may send a large frame in pieces.
+            async with self._sending:
+                await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
         except (OSError, TimeoutError) as error:
             self._fail(f"the channel to the agent broke: {error!r}")
             raise SandboxLost(self._lost) from error
@@ -207,6 +470,10 @@ class AgentSandbox:
         self._fail("the agent is gone")
 
     def _resolve(self, op: int, kind: int, body: bytes) -> None:
+        if kind == agent.EVENT:
+            if op in self._events:
+                self._events[op](agent.unpack(body))
+            return
         reply = self._pending.get(op)
         if reply is None or reply.done():
             return
@@ -223,6 +490,15 @@ class AgentSandbox:
                 reply.set_exception(SandboxLost(self._lost))
                 # Retrieved here, since nobody may be waiting any more.
                 reply.exception()
+
+
+def _check_limits(timeout_s: float, max_output: int) -> None:
+    if timeout_s <= 0 or max_output < 0:
+        raise ValueError(f"timeout_s={timeout_s}, max_output={max_output}: expected a time > 0 and a size >= 0")
+
+
+def _pairs(env: Mapping[str, str] | None) -> list[str]:
+    return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
 
 
 def check_argv(command: str | Sequence[str]) -> list[str]:
@@ -250,6 +526,22 @@ def check_path(path: str, *, allow_workdir: bool = False) -> str:
     return str(pure)
 
 
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _entry(path: bytes, mode: bytes, size: bytes, modified_ns: bytes) -> Entry:
+    bits = int(mode)
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISLNK, "link"))
+    return Entry(
+        path=_text(path),
+        kind=next((kind for test, kind in kinds if test(bits)), "other"),
+        size=int(size),
+        mode=stat.S_IMODE(bits),
+        modified_s=int(modified_ns) / 1e9,
+    )
+
+
 def _error(code: int, message: str) -> OSError | ValueError:
     return OSError(code, message) if code else ValueError(message)
 
@@ -268,7 +560,7 @@ def _take_frame(buffer: bytearray) -> tuple[int, int, bytes] | None:
 
 def _result(fields: list[bytes], before: Hits | None, after: Hits | None) -> ExecResult:
     status = ExecStatus(fields[0].decode())
-    code, signal, dropped, wall_us, disk_full = (int(fields[i]) for i in (1, 2, 5, 6, 7))
+    code, signal, dropped, wall_us, disk_full, cpu_us, rss_kib = (int(fields[i]) for i in (1, 2, 5, 6, 7, 8, 9))
     failed = signal != 0 or code != 0
     if status in (ExecStatus.EXITED, ExecStatus.SIGNALED) and failed:
         if before and after and after.oom_kills > before.oom_kills:
@@ -285,15 +577,23 @@ def _result(fields: list[bytes], before: Hits | None, after: Hits | None) -> Exe
         stderr=fields[4],
         truncated_bytes=dropped,
         wall_s=wall_us / 1e6,
+        cpu_s=cpu_us / 1e6 if cpu_us >= 0 else None,
+        max_rss_bytes=rss_kib << 10 if rss_kib >= 0 else None,
     )
 
 
 @functools.cache
+def _compiled(part: ModuleType) -> tuple[bytes, bytes, bytes]:
+    """A program for the box: compiled, for one with the host's version of Python, and as source."""
+    assert part.__file__ is not None
+    source = Path(part.__file__).read_bytes()
+    return MAGIC_NUMBER, marshal.dumps(compile(source, part.__name__, "exec")), source
+
+
+@functools.cache
 def _program() -> bytes:
-    """The agent for ``BOOTSTRAP``: compiled, for a box with the host's version of Python, and as source."""
-    source = Path(agent.__file__).read_bytes()
-    code = marshal.dumps(compile(source, "agent", "exec"))
-    return b"".join(len(part).to_bytes(4, "big") + part for part in (MAGIC_NUMBER, code, source))
+    """The agent, for ``BOOTSTRAP``."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in _compiled(agent))
 
 
 async def write_files(box: AgentSandbox) -> None:

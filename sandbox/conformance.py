@@ -22,29 +22,18 @@ from unittest import SkipTest
 
 from posttrain.errors import RecipeError, SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
-from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox.container import Container, close_pools
+from posttrain.types import ExecStatus, SandboxSpec
+from sandbox import container, function
+from sandbox.conformance_agent import AGENT_CHECKS
+from sandbox.container import Container
+from sandbox.expectations import expect, nothing_runs, python, raises, still_works
+from sandbox.function import Function
 from sandbox.process import Process
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
-KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container()}
+KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container(), "function": Function(warm=1)}
 Check = Callable[[Sandbox], Awaitable[None]]
-
-
-def expect(claim: bool, *seen: object) -> None:
-    """Raise ``AssertionError`` showing what was seen instead."""
-    if not claim:
-        raise AssertionError(*seen)
-
-
-async def still_works(box: Sandbox) -> None:
-    result = await box.exec(["echo", "alive"])
-    expect(result.ok and result.stdout == b"alive\n", result)
-
-
-async def python(box: Sandbox, program: str, timeout_s: float = 10.0) -> ExecResult:
-    return await box.exec(["python3", "-I", "-S", "-c", program], timeout_s=timeout_s)
 
 
 async def bytes_survive(box: Sandbox) -> None:
@@ -71,13 +60,6 @@ async def timeout_kills_the_tree(box: Sandbox) -> None:
     expect(result.status is ExecStatus.TIMEOUT and result.stdout == b"before\n", result)
     expect(result.wall_s < 6, result.wall_s)
     await nothing_runs(box)
-
-
-async def nothing_runs(box: Sandbox) -> None:
-    count = "ls /proc | grep -c '^[0-9]'"
-    alone = int((await box.exec(count)).stdout)
-    # The agent, the shell and the two ends of the pipe.
-    expect(alone <= 4, f"{alone} processes in the box")
 
 
 async def background_child_does_not_block(box: Sandbox) -> None:
@@ -111,6 +93,31 @@ async def output_is_capped(box: Sandbox) -> None:
     flood = await box.exec(["yes"], max_output=1000)
     expect(flood.status is ExecStatus.OUTPUT_LIMIT and len(flood.stdout) < 1100, flood.status)
     await still_works(box)
+
+
+async def a_command_runs_where_it_should(box: Sandbox) -> None:
+    await box.write("deep/er/here", b"")
+    result = await box.exec("pwd; ls", cwd="deep/er")
+    expect(result.stdout.endswith(b"/deep/er\nhere\n"), result)
+    await box.exec("ln -s /tmp away; ln -s deep near")
+    for refused in ("away", "near/er", "deep/er/here"):
+        await raises(OSError, box.exec("true", cwd=refused), refused)
+    await raises(FileNotFoundError, box.exec("true", cwd="absent"), "absent")
+    for refused in ("/tmp", "..", "deep/../.."):
+        await raises(ValueError, box.exec("true", cwd=refused), refused)
+    await still_works(box)
+
+
+async def usage_is_measured(box: Sandbox) -> None:
+    spin = "import time\nx = b'x' * 30_000_000\nt = time.process_time()\nwhile time.process_time() < t + 0.3: pass"
+    result = await box.exec(["sh", "-c", f'python3 -I -S -c "{spin}"'])
+    if result.cpu_s is None or result.max_rss_bytes is None:
+        raise SkipTest("this kind of box measures neither CPU nor memory")
+    expect(0.3 <= result.cpu_s < 1.0 and result.max_rss_bytes > 30_000_000, result)
+    orphan = await box.exec(["sh", "-c", f'(setsid python3 -I -S -c "{spin}" &); sleep 2'])
+    expect((orphan.cpu_s or 0) >= 0.3, orphan)
+    quiet = await box.exec("true")
+    expect((quiet.cpu_s or 0) < 0.2 and (quiet.max_rss_bytes or 0) < 25_000_000, quiet)
 
 
 async def no_network(box: Sandbox) -> None:
@@ -240,14 +247,6 @@ async def links_are_not_followed(box: Sandbox) -> None:
     await raises(ValueError, box.read("sparse"), "sparse")
 
 
-async def raises(kind: type[Exception], attempt: Awaitable[object], what: str) -> None:
-    try:
-        await attempt
-    except kind:
-        return
-    raise AssertionError(f"{what!r}: expected {kind.__name__}")
-
-
 async def a_lost_box_is_not_a_result(box: Sandbox) -> None:
     kill = getattr(box, "kill", None)
     if kill is None:
@@ -268,6 +267,8 @@ CHECKS: tuple[Check, ...] = (
     concurrent_commands_are_apart,
     cancelling_kills,
     output_is_capped,
+    a_command_runs_where_it_should,
+    usage_is_measured,
     no_network,
     memory_is_bounded,
     processes_are_bounded,
@@ -277,6 +278,7 @@ CHECKS: tuple[Check, ...] = (
     agent_is_out_of_reach,
     links_are_not_followed,
     a_lost_box_is_not_a_result,
+    *AGENT_CHECKS,
 )
 
 
@@ -338,6 +340,12 @@ async def run(substrate: Substrate) -> dict[str, tuple[str, str]]:
             outcome[name] = ("FAIL", repr(error)[:600])
     await close_pools()
     return outcome
+
+
+async def close_pools() -> None:
+    """Remove the boxes that substrates have started ahead in this event loop."""
+    await container.close_pools()
+    await function.close_pools()
 
 
 def find_substrate(name: str) -> Substrate:

@@ -15,11 +15,14 @@ from posttrain.errors import RecipeError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
 from sandbox import dockerd
-from sandbox.conformance import CHECKS, WHOLE, Check, check_box, find_substrate, main
+from sandbox.conformance import CHECKS, WHOLE, Check, check_box, close_pools, find_substrate, main
+from sandbox.conformance_agent import AGENT_CHECKS
 from sandbox.container import Container
+from sandbox.function import Function
 from sandbox.process import Process
 
-KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker)]
+KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1)]
+IDS = ["process", "container", "function"]
 
 
 @pytest.fixture
@@ -35,15 +38,22 @@ def substrate(request: pytest.FixtureRequest) -> Substrate:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=IDS)
 def test_box(substrate: Substrate, check: Check) -> None:
-    asyncio.run(check_box(substrate, check))
+    asyncio.run(_closing_pools(check_box(substrate, check)))
 
 
 @pytest.mark.parametrize("check", WHOLE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=IDS)
 def test_substrate(substrate: Substrate, check: Callable[[Substrate], Awaitable[None]]) -> None:
-    asyncio.run(check(substrate))
+    asyncio.run(_closing_pools(check(substrate)))
+
+
+async def _closing_pools(check: Awaitable[None]) -> None:
+    try:
+        await check
+    finally:
+        await close_pools()
 
 
 class LostBox:
@@ -89,9 +99,9 @@ def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proces", "expected process, container or module:attribute"),
+        ("proces", "expected process, container, function or module:attribute"),
         ("no_such_module:X", "No module named 'no_such_module'"),
-        ("my_box:Missing", "no attribute 'Missing'; expected process, container"),
+        ("my_box:Missing", "no attribute 'Missing'; expected process, container, function"),
         ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),
     ],
 )
@@ -107,7 +117,8 @@ def test_any_substrate_is_checked_and_killing_a_box_is_skipped_where_it_cannot_b
     assert main() == 1
     table = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
     assert set(table) == {check.__name__ for check in (*CHECKS, *WHOLE)}
-    assert table.pop("a_lost_box_is_not_a_result").startswith("skip")
+    for name in ("a_lost_box_is_not_a_result", *(check.__name__ for check in AGENT_CHECKS)):
+        assert table.pop(name).startswith("skip")
     assert all(line.startswith("FAIL") for line in table.values())
 
 
