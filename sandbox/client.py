@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import marshal
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
@@ -223,6 +224,11 @@ class AgentSandbox:
                 reply.set_exception(SandboxLost(self._lost))
                 # Retrieved here, since nobody may be waiting any more.
                 reply.exception()
+
+
+def command_limits(spec: SandboxSpec) -> dict[int, int]:
+    """Resource limits of each command on every kind of box."""
+    return {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb << 20}
 
 
 def check_argv(command: str | Sequence[str]) -> list[str]:

@@ -23,7 +23,8 @@ from unittest import SkipTest
 from posttrain.errors import RecipeError, SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox.container import Container, close_pools
+from sandbox.container import Container
+from sandbox.pool import close_pools
 from sandbox.process import Process
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
