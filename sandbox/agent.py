@@ -34,7 +34,7 @@ REAP_EVERY_S = 0.1
 MAX_LISTED = 100_000
 MAX_DEPTH = 64
 CHUNK = 1 << 16
-SIGKILL, SIGPIPE, SIGXFSZ, SIG_DFL = 9, 13, 25, 0
+SIGKILL, SIGPIPE, SIGCHLD, SIGXFSZ, SIG_DFL = 9, 13, 17, 25, 0
 READABLE = select.POLLIN | select.POLLHUP
 
 
@@ -99,7 +99,7 @@ class Command:
         self.op = op
         self.uid = uid
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        self.pidfd = open_pidfd(pid)
         self.started = time.monotonic()
         self.deadline = self.started + timeout_s
         self.stdin = memoryview(stdin)
@@ -136,6 +136,8 @@ class Agent:
         self.workdir = os.fsdecode(config[0])
         self.first_uid, self.gid, slots = (int(field) for field in config[1:4])
         self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[4:])]
+        self.max_processes = dict(self.limits).get(resource.RLIMIT_NPROC, 0)
+        """Of one command; 0 where control groups bound the box instead, and the host sees a refused fork."""
         self.free_uids = list(range(self.first_uid + slots - 1, self.first_uid - 1, -1))
         self.commands: dict[int, Command] = {}
         self.by_pid: dict[int, Command] = {}
@@ -143,6 +145,14 @@ class Agent:
         """Pipe descriptor -> its command and which of its pipes (0 stdin, 1 stdout, 2 stderr, 3 pidfd)."""
         self.poller = select.poll()
         self.poller.register(0, READABLE)
+        self.wakeup = -1
+        """Becomes readable when a child ends, where the kernel has no descriptors of processes; else -1."""
+        own = open_pidfd(os.getpid())
+        if own >= 0:
+            os.close(own)
+        else:
+            self.wakeup = wake_on_sigchld()
+            self.poller.register(self.wakeup, READABLE)
 
     def serve(self) -> None:
         """Answer frames until the host hangs up."""
@@ -153,6 +163,8 @@ class Agent:
                     self._take(*receive())
                 elif fd in self.streams:
                     self._pump(fd)
+                elif fd == self.wakeup:
+                    read_available(fd)
             self._reap()
             now = time.monotonic()
             for command in [c for c in self.commands.values() if c.due(now)]:
@@ -195,7 +207,9 @@ class Agent:
             os.close(end)
         command = Command(op, uid, pid, timeout_s=timeout_us / 1e6, cap=cap, stdin=stdin)
         self.commands[op] = self.by_pid[pid] = command
-        watched = [ends[0][1], ends[1][0], ends[2][0], command.pidfd]
+        watched = [ends[0][1], ends[1][0], ends[2][0]]
+        if command.pidfd >= 0:
+            watched.append(command.pidfd)
         for which, fd in enumerate(watched):
             os.set_blocking(fd, False)
             self.streams[fd] = (command, which)
@@ -236,6 +250,10 @@ class Agent:
         os.close(fd)
 
     def _finish(self, command: Command) -> None:
+        # A command that failed and left behind all the processes it may have is taken to have wanted more.
+        failed = not command.verdict and command.wait_status != 0
+        if failed and self.max_processes and num_processes(command.uid) >= max(1, self.max_processes - 1):
+            command.verdict = "pids_limit"
         self._kill_all(command.uid)
         for fd in list(command.pipes):
             which = self.streams[fd][1]
@@ -251,7 +269,7 @@ class Agent:
     def _kill_all(self, uid: int) -> None:
         deadline = time.monotonic() + KILL_DEADLINE_S
         # Alone, a command is over when the kernel finds nobody to signal; beside others, it also counts those.
-        while signal_all(uid) and (len(self.commands) == 1 or owns_process(uid)):
+        while signal_all(uid) and (len(self.commands) == 1 or num_processes(uid)):
             self._reap()
             if time.monotonic() > deadline:
                 os._exit(70)
@@ -284,6 +302,25 @@ class Agent:
             os.seteuid(0)
             os.setegid(0)
         send(op, *reply)
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor of a process; -1 where the kernel has none, as gVisor's."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def wake_on_sigchld() -> int:
+    """The end to read of a pipe that every SIGCHLD writes a byte into."""
+    import _signal
+
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    # Without a handler the signal is ignored, and so is the pipe.
+    _signal.signal(SIGCHLD, lambda number, frame: None)
+    return read_end
 
 
 def send(op: int, kind: int, body: bytes = b"") -> None:
@@ -326,7 +363,8 @@ def signal_all(uid: int) -> bool:
     return True
 
 
-def owns_process(uid: int) -> bool:
+def num_processes(uid: int) -> int:
+    found = 0
     line = b"\nUid:\t%d\t" % uid
     for pid in os.listdir("/proc"):  # noqa: PTH208 (pathlib costs 5 ms to import)
         if not pid.isdigit():
@@ -336,13 +374,12 @@ def owns_process(uid: int) -> bool:
         except FileNotFoundError:
             continue
         try:
-            if line in os.read(fd, 4096):
-                return True
+            found += line in os.read(fd, 4096)
         except ProcessLookupError:
             continue
         finally:
             os.close(fd)
-    return False
+    return found
 
 
 def read_available(fd: int) -> bytes | None:
@@ -414,15 +451,23 @@ def make_folder(name: bytes, parent: int) -> None:
         return
 
 
+def enter(name: bytes, parent: int) -> int:
+    """A descriptor of a directory, not through a link. gVisor follows one when O_NOFOLLOW comes with O_DIRECTORY."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return fd
+
+
 def open_folder(workdir: str, parts: list[bytes], create: bool = False) -> int:
     """A descriptor of a directory beneath the workdir, reached without following any link."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(workdir, flags)
+    fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     for part in parts:
         try:
             if create:
                 make_folder(part, fd)
-            inner = os.open(part, flags, dir_fd=fd)
+            inner = enter(part, fd)
         finally:
             os.close(fd)
         fd = inner
@@ -512,8 +557,7 @@ def walk(folder: int, prefix: bytes, found: list[bytes], depth: int) -> None:
                 name = os.fsencode(entry.name)
                 path = prefix + b"/" + name if prefix else name
                 if entry.is_dir(follow_symlinks=False):
-                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                    walk(os.open(name, flags, dir_fd=folder), path, found, depth + 1)
+                    walk(enter(name, folder), path, found, depth + 1)
                 elif entry.is_file(follow_symlinks=False):
                     found.append(path)
                 if len(found) > MAX_LISTED:
