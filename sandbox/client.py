@@ -152,6 +152,11 @@ class AgentSandbox:
         """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 files."""
         return sorted(name.decode("utf-8", "surrogateescape") for name in await self._file_call(agent.LIST, path))
 
+    async def end_commands(self) -> None:
+        """Kill what is running. Each pending ``exec`` returns with the status CANCELLED."""
+        for op in list(self._pending):
+            await self._send(agent.HEADER.pack(op, agent.CANCEL, 0))
+
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
         self._fail("the box was closed")
