@@ -1,6 +1,7 @@
 """What every kind of box must do. ``python -m sandbox.conformance process`` runs it on this machine.
 
-Besides ``process`` and ``container`` it takes ``module:attribute``, a substrate of your own: its class or a value.
+Besides ``process``, ``container`` and ``gvisor`` it takes ``module:attribute``, a substrate of your own: its class or
+a value.
 Each check opens a box of its own, attacks or exercises it, and asserts; afterwards the next command must still work
 wherever the box is meant to survive. Limits are small, so that a bomb is bounded by the box, not by the machine: a box
 that does not isolate lets the checks bomb the machine and kill this user's processes.
@@ -24,12 +25,13 @@ from posttrain.errors import RecipeError, SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox.container import Container
+from sandbox.gvisor import Gvisor
 from sandbox.pool import close_pools
 from sandbox.process import Process
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
-KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container()}
+KINDS: Mapping[str, Substrate] = {"process": Process(), "container": Container(), "gvisor": Gvisor()}
 Check = Callable[[Sandbox], Awaitable[None]]
 
 

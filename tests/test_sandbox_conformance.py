@@ -17,9 +17,11 @@ from posttrain.types import SandboxSpec
 from sandbox import dockerd
 from sandbox.conformance import CHECKS, WHOLE, Check, check_box, find_substrate, main
 from sandbox.container import Container
+from sandbox.gvisor import Gvisor
 from sandbox.process import Process
 
-KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker)]
+KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Gvisor()]
+NAMES = ["process", "container", "gvisor"]
 
 
 @pytest.fixture
@@ -35,13 +37,13 @@ def substrate(request: pytest.FixtureRequest) -> Substrate:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=NAMES)
 def test_box(substrate: Substrate, check: Check) -> None:
     asyncio.run(check_box(substrate, check))
 
 
 @pytest.mark.parametrize("check", WHOLE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=NAMES)
 def test_substrate(substrate: Substrate, check: Callable[[Substrate], Awaitable[None]]) -> None:
     asyncio.run(check(substrate))
 
@@ -89,7 +91,7 @@ def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proces", "expected process, container or module:attribute"),
+        ("proces", "expected process, container, gvisor or module:attribute"),
         ("no_such_module:X", "No module named 'no_such_module'"),
         ("my_box:Missing", "no attribute 'Missing'; expected process, container"),
         ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),
