@@ -52,6 +52,7 @@ CHUNK = 1 << 16
 SIGKILL = 9
 INHERITED = (1, 2, 3, 13, 15, 17, 25)
 """SIGHUP, INT, QUIT, PIPE, TERM, CHLD, XFSZ: those that whoever started the box, or Python, may have ignored."""
+SIGCHLD = 17
 TIOCSCTTY = 0x540E
 READABLE = select.POLLIN | select.POLLHUP
 
@@ -130,7 +131,9 @@ class Guest:
         agent.guests[uid] = agent.ops[op] = self
         if pid:
             agent.by_pid[pid] = self
-            self.watch(os.pidfd_open(pid), 3)
+            pidfd = open_pidfd(pid)
+            if pidfd >= 0:
+                self.watch(pidfd, 3)
 
     def watch(self, fd: int, which: int, events: int = READABLE) -> None:
         """Have ``pump`` called when the descriptor is ready, which is this guest's to close from now on."""
@@ -278,6 +281,11 @@ class Command(Guest):
             self.finish()
 
     def finish(self) -> None:
+        # A command that failed and left behind all the processes it may have is taken to have wanted more.
+        most = self.agent.max_processes
+        failed = not self.verdict and self.wait_status != 0
+        if failed and most and len(processes_of(self.uid)) >= max(1, most - 1):
+            self.verdict = "pids_limit"
         self.stop()
         body = self.result()
         if self.key:
@@ -294,6 +302,8 @@ class Agent:
         self.workdir = os.fsdecode(config[0])
         self.first_uid, self.gid, slots = (int(field) for field in config[1:4])
         self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[4:])]
+        self.max_processes = dict(self.limits).get(resource.RLIMIT_NPROC, 0)
+        """Of one command; 0 where control groups bound the box instead, and the host sees a refused fork."""
         self.spare_uid = self.first_uid + slots - 1
         """For the fork server. No payload runs on it."""
         self.free_uids = list(range(self.spare_uid - 1, self.first_uid - 1, -1))
@@ -315,6 +325,14 @@ class Agent:
         }
         self.poller = select.poll()
         self.poller.register(0, READABLE)
+        self.wakeup = -1
+        """Becomes readable when a child ends, where the kernel has no descriptors of processes; else -1."""
+        own = open_pidfd(os.getpid())
+        if own >= 0:
+            os.close(own)
+        else:
+            self.wakeup = wake_on_sigchld()
+            self.poller.register(self.wakeup, READABLE)
 
     def serve(self) -> None:
         """Answer frames until the host hangs up."""
@@ -326,6 +344,8 @@ class Agent:
                 elif fd in self.streams:
                     guest, which = self.streams[fd]
                     guest.pump(fd, which)
+                elif fd == self.wakeup:
+                    read_available(fd)
             self.reap()
             now = time.monotonic()
             for guest in list(self.guests.values()):
@@ -502,6 +522,25 @@ class Agent:
         send(op, OK)
 
 
+def open_pidfd(pid: int) -> int:
+    """A descriptor of a process; -1 where the kernel has none, as gVisor's."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def wake_on_sigchld() -> int:
+    """The end to read of a pipe that every SIGCHLD writes a byte into."""
+    import _signal
+
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    # Without a handler the signal is ignored, and so is the pipe.
+    _signal.signal(SIGCHLD, lambda number, frame: None)
+    return read_end
+
+
 def send(op: int, kind: int, body: bytes = b"") -> None:
     view = memoryview(HEADER.pack(op, kind, len(body)) + body)
     while view:
@@ -669,15 +708,23 @@ def make_folder(name: bytes, parent: int) -> None:
         return
 
 
+def enter(name: bytes, parent: int) -> int:
+    """A descriptor of a directory, not through a link. gVisor follows one when O_NOFOLLOW comes with O_DIRECTORY."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return fd
+
+
 def open_folder(workdir: str, parts: list[bytes], create: bool = False) -> int:
     """A descriptor of a directory beneath the workdir, reached without following any link."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(workdir, flags)
+    fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     for part in parts:
         try:
             if create:
                 make_folder(part, fd)
-            inner = os.open(part, flags, dir_fd=fd)
+            inner = enter(part, fd)
         finally:
             os.close(fd)
         fd = inner
@@ -817,8 +864,7 @@ def walk(workdir: str, path: bytes, most: int, details: bool = False) -> list[tu
                     if len(found) > most:
                         raise ValueError(f"more than {most} files and directories")
                     if entry.is_dir(follow_symlinks=False):
-                        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                        visit(os.open(name, flags, dir_fd=folder), inner, depth + 1)
+                        visit(enter(name, folder), inner, depth + 1)
         finally:
             os.close(folder)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ MOUNT = Path("/sys/fs/cgroup")
 PREFIX = "posttrain"
 CONTROLLERS = ("memory", "pids", "cpu")
 CPU_PERIOD_US = 100_000
+KILL_DEADLINE_S = 5.0
 _serial = itertools.count()
 
 
@@ -54,7 +56,34 @@ class Group:
     def hits(self) -> Hits:
         """Counters of the kernel; zero for what cannot be read any more."""
         oom_file = "memory.events" if _is_version_2() else "memory.oom_control"
-        return Hits(_counter(f"{self.memory}/{oom_file}", b"oom_kill"), _counter(f"{self.pids}/pids.events", b"max"))
+        return Hits(
+            oom_kills=_value(_read(f"{self.memory}/{oom_file}").split(), b"oom_kill"),
+            refused_forks=_value(_read(f"{self.pids}/pids.events").split(), b"max"),
+        )
+
+    def used_bytes(self) -> int:
+        """Memory in use, without the cache of files, which the kernel takes back by itself."""
+        usage_file = "memory.current" if _is_version_2() else "memory.usage_in_bytes"
+        words = _read(f"{self.memory}/memory.stat").split()
+        cached = sum(_value(words, name) for name in (b"active_file", b"inactive_file"))
+        return int(_read(f"{self.memory}/{usage_file}") or 0) - cached
+
+    def kill(self) -> None:
+        """SIGKILL every process in it, until none is left (or the kernel has held one for seconds)."""
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while (pids := self._pids()) and time.monotonic() < deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.002)
+
+    def _pids(self) -> list[int]:
+        try:
+            text = (self.pids / "cgroup.procs").read_text()
+        except OSError:
+            return []
+        # A process of another namespace reads as 0, and signalling that would hit ourselves.
+        return [pid for pid in map(int, text.split()) if pid > 0]
 
     def remove(self) -> None:
         """Delete the directories. The kernel refuses while a killed process is not quite gone yet."""
@@ -69,18 +98,21 @@ class Group:
                 break
 
 
-def _counter(path: str, name: bytes) -> int:
-    # Read twice per command, so by descriptor: pathlib's text reading costs ten times as much.
+def _read(path: str) -> bytes:
+    # Read often, so by descriptor: pathlib's text reading costs ten times as much.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return b""
     try:
-        words = os.read(fd, 4096).split()
+        return os.read(fd, 4096)
     except OSError:
-        return 0
+        return b""
     finally:
         os.close(fd)
+
+
+def _value(words: list[bytes], name: bytes) -> int:
     return int(words[words.index(name) + 1]) if name in words else 0
 
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import itertools
 import marshal
+import resource
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import MAGIC_NUMBER
@@ -346,6 +347,11 @@ class AgentSandbox:
         if not result.ok or self.spoiled:
             raise SandboxError(f"the box cannot run Python: {result}, {self.spoiled}")
 
+    async def end_commands(self) -> None:
+        """Kill what is running. Each pending ``exec`` returns with the status CANCELLED."""
+        for op in list(self._pending):
+            await self._send(agent.HEADER.pack(op, agent.CANCEL, 0))
+
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
         self._fail("the box was closed")
@@ -499,6 +505,11 @@ def _check_limits(timeout_s: float, max_output: int) -> None:
 
 def _pairs(env: Mapping[str, str] | None) -> list[str]:
     return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
+
+
+def command_limits(spec: SandboxSpec) -> dict[int, int]:
+    """Resource limits of each command on every kind of box."""
+    return {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb << 20}
 
 
 def check_argv(command: str | Sequence[str]) -> list[str]:

@@ -10,22 +10,19 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import random
-import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
-from sandbox import cgroups, dockerd, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, write_files
+from sandbox import cgroups, dockerd, owners, pool, seccomp
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, command_limits
 from sandbox.images import build
-from sandbox.pool import Pool
 
 if TYPE_CHECKING:
     import docker
@@ -70,45 +67,11 @@ class Container:
                 f"substrate 'container': no Docker daemon answers at {dockerd.SOCKET}; start it "
                 f"(systemctl start docker, or as root python -m sandbox.dockerd), or {dockerd.INSTALL}"
             )
-        if build.find("default") is None:
-            raise SandboxUnavailable(
-                f"substrate 'container': no image in {build.cache()}; build it once as root with "
-                f"python -m sandbox.images.build ({build.INSTALL})"
-            )
+        build.require("default")
 
-    @contextlib.asynccontextmanager
-    async def open(self, spec: SandboxSpec) -> AsyncIterator[AgentSandbox]:
+    def open(self, spec: SandboxSpec) -> AbstractAsyncContextManager[AgentSandbox]:
         """A fresh box; leaving the context kills everything in it and removes it."""
-        kind = replace(spec, files={})
-        box = await (_pool(self.warm, kind).take() if self.warm else start(kind))
-        try:
-            box.spec = spec
-            await write_files(box)
-            yield box
-        finally:
-            await stop(box)
-
-
-_pools: dict[tuple[int, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
-
-
-def _pool(warm: int, kind: SandboxSpec) -> Pool:
-    """The pool of this process for boxes of this kind. A pool belongs to one event loop and is dropped with it."""
-    key, loop = (warm, repr(kind)), asyncio.get_running_loop()
-    found = _pools.get(key)
-    if found is None or found[0] is not loop:
-        found = _pools[key] = (loop, Pool(functools.partial(start, kind), stop, warm))
-    return found[1]
-
-
-async def close_pools() -> None:
-    """Remove the boxes this process has started ahead in the running event loop.
-
-    Boxes that are not removed this way end with this process, since the agent stops when its channel closes.
-    """
-    loop = asyncio.get_running_loop()
-    for key in [key for key, (owner, _) in _pools.items() if owner is loop]:
-        await _pools.pop(key)[1].close()
+        return pool.opened(self, spec, start=start, stop=stop)
 
 
 async def start(spec: SandboxSpec) -> AgentSandbox:
@@ -117,9 +80,8 @@ async def start(spec: SandboxSpec) -> AgentSandbox:
     group = await asyncio.to_thread(cgroups.of, pid)
     box = AgentSandbox(channel, spec, hits=group.hits if group else None, kill=functools.partial(_remove, container))
     uid = random.SystemRandom().randrange(*HOST_UIDS, SLOTS)
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb * MIB}
     try:
-        await box.start(uid=uid, limits=limits)
+        await box.start(uid=uid, limits=command_limits(spec))
     except BaseException:
         await stop(box)
         raise
@@ -197,7 +159,7 @@ def _start_container(spec: SandboxSpec) -> tuple[str, AttachedChannel, int]:
             hostname="sandbox",
             working_dir=spec.workdir,
             network_disabled=True,
-            labels={OWNER: _owner(os.getpid())},
+            labels={OWNER: owners.own()},
             host_config=_host_config(client, spec),
         )["Id"]
         try:
@@ -237,9 +199,7 @@ def _host_config(client: docker.APIClient, spec: SandboxSpec) -> Any:
 @functools.cache
 def _image(name: str) -> str:
     """The tag of an image, imported from the cached tarball when the daemon does not have it."""
-    image = build.find(name)
-    if image is None:
-        raise SandboxUnavailable(f"SandboxSpec.image = {name!r}: no such image in {build.cache()}; build it first")
+    image = build.require(name)
     tag = f"{image.name}-{image.digest}"
     if not _client().images(f"{REPOSITORY}:{tag}"):
         _client().import_image(str(image.tarball), repository=REPOSITORY, tag=tag, changes=["WORKDIR /work"])
@@ -268,17 +228,6 @@ def _remove_orphans(client: docker.APIClient) -> None:
     from docker.errors import APIError
 
     for found in client.containers(all=True, filters={"label": OWNER}):
-        owner = found["Labels"][OWNER]
-        host, pid, _ = owner.rsplit(":", 2)
-        if host == socket.gethostname() and owner != _owner(int(pid)):
+        if owners.is_dead(found["Labels"][OWNER]):
             with contextlib.suppress(APIError):
                 client.remove_container(found["Id"], force=True)
-
-
-def _owner(pid: int) -> str:
-    """A process of this host, told apart from a later one with the same pid by its start time."""
-    try:
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        started = "dead"
-    return f"{socket.gethostname()}:{pid}:{started}"

@@ -9,7 +9,6 @@ is new.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Mapping
@@ -20,7 +19,7 @@ from posttrain.errors import RecipeError
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
 from sandbox.client import AgentSandbox, write_files
-from sandbox.pool import Pool
+from sandbox.pool import shared
 from sandbox.process import Process
 
 
@@ -50,7 +49,9 @@ class Function:
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[AgentSandbox]:
         """A box from the pool. Leaving the context gives it back when nothing of its use is left in it."""
-        pool = _pool(self, replace(spec, files={}))
+        kind = replace(spec, files={})
+        start = functools.partial(_start, self.base)
+        pool = shared(self, kind, self.warm, start=start, stop=_stop, reuse=True)
         box = await pool.take()
         reusable = False
         try:
@@ -62,26 +63,8 @@ class Function:
             await (pool.give_back(box) if reusable else pool.discard(box))
 
 
-_pools: dict[tuple[Function, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
 _stacks: dict[AgentSandbox, contextlib.AsyncExitStack] = {}
 """What ends a box of the base's."""
-
-
-def _pool(function: Function, kind: SandboxSpec) -> Pool:
-    """The pool of this process for boxes of this kind. A pool belongs to one event loop and is dropped with it."""
-    key, loop = (function, repr(kind)), asyncio.get_running_loop()
-    found = _pools.get(key)
-    if found is None or found[0] is not loop:
-        start = functools.partial(_start, function.base, kind)
-        found = _pools[key] = (loop, Pool(start, _stop, function.warm, reuse=True))
-    return found[1]
-
-
-async def close_pools() -> None:
-    """Remove the boxes that wait in the running event loop. Those that are not end with the loop."""
-    loop = asyncio.get_running_loop()
-    for key in [key for key, (owner, _) in _pools.items() if owner is loop]:
-        await _pools.pop(key)[1].close()
 
 
 async def _start(base: Substrate, kind: SandboxSpec) -> AgentSandbox:

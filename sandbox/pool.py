@@ -1,14 +1,20 @@
-"""Boxes started ahead of their use."""
+"""Boxes started ahead of their use, and the life of a box from a pool or without one."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from dataclasses import replace
+from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
-from sandbox.client import AgentSandbox
+from posttrain.types import SandboxSpec
+from sandbox.client import AgentSandbox, write_files
+
+Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
+Stop = Callable[[AgentSandbox], Awaitable[None]]
 
 MAX_STARTS = 4
 """Starts under way at once; a daemon on few cores is not faster with more."""
@@ -22,12 +28,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        start: Callable[[], Awaitable[AgentSandbox]],
-        stop: Callable[[AgentSandbox], Awaitable[None]],
-        size: int,
-        *,
-        reuse: bool = False,
+        self, start: Callable[[], Awaitable[AgentSandbox]], stop: Stop, size: int, *, reuse: bool = False
     ) -> None:
         self._start = start
         self._stop = stop
@@ -89,3 +90,50 @@ class Pool:
             # A box that cannot be started ahead will be tried again by whoever needs one, who gets the error.
             with contextlib.suppress(SandboxError):
                 self._ready.append(await self._start())
+
+
+class Pooled(Hashable, Protocol):
+    """A substrate that can start boxes ahead of their use."""
+
+    @property
+    def warm(self) -> int:
+        """How many of each kind to keep ready."""
+        ...
+
+
+_pools: dict[tuple[Hashable, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
+
+
+@contextlib.asynccontextmanager
+async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: Stop) -> AsyncIterator[AgentSandbox]:
+    """A fresh box, from a pool when the substrate keeps one; stopped at the end, whatever happens."""
+    kind = replace(spec, files={})
+    if substrate.warm:
+        box = await shared(substrate, kind, substrate.warm, start=start, stop=stop).take()
+    else:
+        box = await start(kind)
+    try:
+        box.spec = spec
+        await write_files(box)
+        yield box
+    finally:
+        await stop(box)
+
+
+def shared(owner: Hashable, kind: SandboxSpec, size: int, *, start: Start, stop: Stop, reuse: bool = False) -> Pool:
+    """The pool of this process for boxes of this kind. A pool belongs to one event loop and is dropped with it."""
+    key, loop = (owner, repr(kind)), asyncio.get_running_loop()
+    found = _pools.get(key)
+    if found is None or found[0] is not loop:
+        found = _pools[key] = (loop, Pool(lambda: start(kind), stop, size, reuse=reuse))
+    return found[1]
+
+
+async def close_pools() -> None:
+    """Remove the boxes this process has started ahead in the running event loop.
+
+    Boxes that are not removed this way end with this process, since the agent stops when its channel closes.
+    """
+    loop = asyncio.get_running_loop()
+    for key in [key for key, (owner, _) in _pools.items() if owner is loop]:
+        await _pools.pop(key)[1].close()

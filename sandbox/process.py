@@ -34,6 +34,7 @@ from sandbox.client import (
     TMP_MB,
     AgentSandbox,
     StreamChannel,
+    command_limits,
     write_files,
 )
 from sandbox.images import build
@@ -234,7 +235,7 @@ def _mounts(spec: SandboxSpec) -> list[str]:
 
 
 def _rlimits(spec: SandboxSpec, group: cgroups.Group | None) -> dict[int, int]:
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb * MIB}
+    limits = command_limits(spec)
     if group is None:
         limits[resource.RLIMIT_NPROC] = spec.max_processes
         limits[resource.RLIMIT_AS] = spec.memory_mb * MIB

@@ -15,14 +15,16 @@ from posttrain.errors import RecipeError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
 from sandbox import dockerd
-from sandbox.conformance import CHECKS, WHOLE, Check, check_box, close_pools, find_substrate, main
+from sandbox.conformance import CHECKS, WHOLE, Check, check_box, find_substrate, main
 from sandbox.conformance_agent import AGENT_CHECKS
 from sandbox.container import Container
 from sandbox.function import Function
+from sandbox.gvisor import Gvisor
+from sandbox.pool import close_pools
 from sandbox.process import Process
 
-KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1)]
-IDS = ["process", "container", "function"]
+KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1), Gvisor()]
+IDS = ["process", "container", "function", "gvisor"]
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proces", "expected process, container, function or module:attribute"),
+        ("proces", "expected process, container, function, gvisor or module:attribute"),
         ("no_such_module:X", "No module named 'no_such_module'"),
         ("my_box:Missing", "no attribute 'Missing'; expected process, container, function"),
         ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),

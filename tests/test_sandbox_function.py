@@ -9,8 +9,9 @@ import pytest
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox.client import AgentSandbox
-from sandbox.function import Function, close_pools
+from sandbox.function import Function
 from sandbox.local import LocalUnsafe
+from sandbox.pool import close_pools
 
 SPEC = SandboxSpec(timeout_s=5.0)
 
