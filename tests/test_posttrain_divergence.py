@@ -8,6 +8,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from posttrain.divergence import reverse_kl, reverse_kl_sum
 from posttrain.divergence.reference import reverse_kl_reference
+from posttrain.divergence.triton_tiles import TritonTiles
 
 N, V, D, E = 23, 57, 8, 12
 
@@ -203,3 +204,49 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         reverse_kl_sum(hidden, head, teacher_hidden, teacher_head, weights_N=torch.ones(N - 1))
     with pytest.raises(ValueError, match="temperature"):
         reverse_kl(hidden, head, teacher_hidden, teacher_head, temperature=0.0)
+
+
+def triton_case(name: str, device: str) -> Case:
+    """Half-precision inputs the kernels take: widths in eights, and sizes that no block divides."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vocabulary = 300
+    hidden, head = normal(70, 24), 0.3 * normal(vocabulary, 24)
+    teacher_hidden, teacher_head = normal(70, 40), 0.3 * normal(vocabulary, 40)
+    if name == "shifted":  # a constant between the two models' logits, which no softmax sees
+        hidden[:, 0], head[:, 0] = 4.0, 8.0
+    elif name == "peaked":
+        hidden *= 12
+    elif name == "identical":
+        teacher_hidden, teacher_head = hidden.clone(), head.clone()
+    return tuple(tensor.half().to(device) for tensor in (hidden, head, teacher_hidden, teacher_head))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("name", ["random", "shifted", "peaked", "identical"])
+def test_triton_tiles_match_float64_logits(name: str, temperature: float) -> None:
+    """On a GPU if there is one, and otherwise in Triton's interpreter, whose products cannot be of bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, head, teacher_hidden, teacher_head = case = triton_case(name, device)
+    weights = weights_for(case).to(device)
+    want_kl = reverse_kl_reference(*case, temperature=temperature)
+    logits = (hidden.double() @ head.double().T).requires_grad_()
+    eye = torch.eye(len(head), dtype=torch.float64, device=device)
+    by_logits = reverse_kl_reference(logits, eye, teacher_hidden, teacher_head, temperature=temperature)
+    (want_gradient,) = torch.autograd.grad((by_logits * weights).sum(), logits)
+    tiles = TritonTiles(len(hidden) + 5, head, teacher_head)
+
+    kl, gradient = tiles.kl_and_logit_gradient(hidden, teacher_hidden, weights_C=weights, temperature=temperature)
+
+    assert gradient is not None
+    torch.testing.assert_close(kl.double(), want_kl, rtol=2e-6, atol=2e-5)
+    error = (gradient.double() - want_gradient).norm() / weights.norm().double()
+    assert error.item() < 1e-3
+    again, nothing = tiles.kl_and_logit_gradient(
+        hidden[:3], teacher_hidden[:3], weights_C=None, temperature=temperature
+    )
+    assert nothing is None
+    torch.testing.assert_close(again, kl[:3], rtol=0, atol=0)
