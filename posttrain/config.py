@@ -140,7 +140,7 @@ class Distill(Value):
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive | None = None
-    """Loss positions per [tokens x vocabulary] tile; None takes 512 on the CPU and as many as fill 1 GiB on a GPU."""
+    """Loss positions per [tokens x vocabulary] tile; None takes as many as fill 256 MiB, or 1 GiB on a GPU."""
     save_steps: Positive = 25
 
 

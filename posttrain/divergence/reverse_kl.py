@@ -6,10 +6,10 @@ p its distribution and q the teacher's,
     KL        = sum_v p_v (log p_v - log q_v)
     dKL/dz_v  = p_v (log p_v - log q_v - KL)
 
-so that logits are needed only a tile of ``chunk_tokens`` positions at a time, and never kept. On a GPU, half-precision
-models go through ``posttrain.divergence.triton_tiles``, which keeps 4 bytes per entry of one [chunk_tokens, V] tile.
-Otherwise two float32 tiles are alive at once (three for a moment), besides float32 copies of half-precision heads on
-the CPU.
+so that logits are needed only a tile of ``chunk_tokens`` positions at a time, and never kept. Half-precision models go
+through ``triton_tiles`` on a GPU, and bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4
+bytes per entry of one [chunk_tokens, V] tile. Otherwise two float32 tiles are alive at once (three for a moment),
+besides float32 copies of half-precision heads on the CPU.
 
 Precision: the arithmetic on logits, and every sum over tiles, is float32. The KL of half-precision inputs never sees
 a logit rounded to half precision: two models that agree would differ by rounding noise of about 1e-3 nats, as much as
@@ -24,14 +24,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-_CPU_CHUNK_TOKENS = 512
+if TYPE_CHECKING:
+    from posttrain.divergence.cpu_tiles import CpuTiles
+    from posttrain.divergence.triton_tiles import TritonTiles
+
 _HALF = (torch.bfloat16, torch.float16)
-_TILE_BYTES = 2**30
-"""Of GPU memory that a tile may take."""
+_CPU_TILE_BYTES, _GPU_TILE_BYTES = 2**28, 2**30
+_MIN_CHUNK = 64
 
 
 def reverse_kl_sum(
@@ -49,8 +52,8 @@ def reverse_kl_sum(
     The loss is a float32 scalar to call ``backward`` on; the KLs are float32 [N] and detached. The gradients with
     respect to the student's hidden states and head are computed in the forward pass, while the logits exist, so
     that logits are computed once instead of twice. This is the one to train with. No gradient reaches the teacher
-    or the weights. Missing weights are ones. ``chunk_tokens`` None takes tiles of 512 positions on the CPU and of 1 GiB
-    on a GPU.
+    or the weights. Missing weights are ones. ``chunk_tokens`` None takes tiles of 256 MiB on the CPU and of 1 GiB on a
+    GPU.
 
     Raises ``ValueError`` when shapes do not fit together.
     """
@@ -118,22 +121,35 @@ class _Inputs:
                     "number, since position and token id must mean the same on both sides"
                 )
 
-    @property
-    def fused(self) -> bool:
-        """Whether the Triton kernels take these: half precision on a GPU, rows that begin where bulk copies may."""
-        return all(
-            head.is_cuda and hidden.dtype == head.dtype and head.dtype in _HALF and _bulk_copyable(hidden, head)
-            for hidden, head in (self.side("student"), self.side("teacher"))
-        ) and bool(importlib.util.find_spec("triton"))
+    def fused_tiles(self) -> type[TritonTiles] | type[CpuTiles] | None:
+        """The kernels that take these inputs on this machine, if any."""
+        matrices = (*self.side("student"), *self.side("teacher"))
+        if not all(matrix.is_contiguous() for matrix in matrices):
+            return None
+        if all(matrix.is_cuda for matrix in matrices):
+            same = all(hidden.dtype == head.dtype for hidden, head in (self.side("student"), self.side("teacher")))
+            half = all(matrix.dtype in _HALF for matrix in matrices)
+            # Bulk copies want rows that begin at multiples of 16 bytes.
+            aligned = all(m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+            if same and half and aligned and importlib.util.find_spec("triton"):
+                from posttrain.divergence.triton_tiles import TritonTiles
 
-    def rows(self) -> Iterator[slice]:
+                return TritonTiles
+        elif all(not m.is_cuda and m.dtype == torch.bfloat16 and m.shape[1] % 2 == 0 for m in matrices):
+            from posttrain.divergence.cpu_tiles import CpuTiles, is_available
+
+            return CpuTiles if is_available() else None
+        return None
+
+    def rows(self, bytes_per_entry: int) -> Iterator[slice]:
         """The positions of each tile."""
-        count, vocabulary = len(self.student_hidden_ND), len(self.student_head_VD)
+        count = len(self.student_hidden_ND)
         size = self.chunk_tokens
         if size is None:
-            bytes_per_position = vocabulary * (4 if self.fused else 8)
-            on_gpu = self.student_head_VD.is_cuda
-            size = max(128, _TILE_BYTES // bytes_per_position // 128 * 128) if on_gpu else _CPU_CHUNK_TOKENS
+            tile_bytes = _GPU_TILE_BYTES if self.student_head_VD.is_cuda else _CPU_TILE_BYTES
+            size = max(
+                _MIN_CHUNK, tile_bytes // (bytes_per_entry * len(self.student_head_VD)) // _MIN_CHUNK * _MIN_CHUNK
+            )
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def side(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +229,7 @@ def _kl_and_gradients(
         weights_N = None
     # Under autocast the float32 products below would silently become half precision.
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for rows, kl_C, grad_CV in (_fused_tiles if inputs.fused else _unfused_tiles)(inputs, weights_N):
+        for rows, kl_C, grad_CV in _tiles(inputs, weights_N):
             kl_N[rows] = kl_C
             if grad_CV is None:
                 continue
@@ -228,15 +244,17 @@ Tile = tuple[slice, torch.Tensor, torch.Tensor | None]
 """Rows, their KL [C], and the gradient of the weighted KLs' sum by the student's logits [C, V] if there are weights."""
 
 
-def _fused_tiles(inputs: _Inputs, weights_N: torch.Tensor | None) -> Iterator[Tile]:
-    from posttrain.divergence.triton_tiles import TritonTiles
-
+def _tiles(inputs: _Inputs, weights_N: torch.Tensor | None) -> Iterator[Tile]:
+    kind = inputs.fused_tiles()
+    if kind is None:
+        yield from _unfused_tiles(inputs, weights_N)
+        return
     tiles = None
-    for rows in inputs.rows():
-        tiles = tiles or TritonTiles(rows.stop - rows.start, inputs.student_head_VD, inputs.teacher_head_VE)
+    for rows in inputs.rows(bytes_per_entry=4):
+        tiles = tiles or kind(rows.stop - rows.start, inputs.student_head_VD, inputs.teacher_head_VE)
         kl_C, grad_CV = tiles.kl_and_logit_gradient(
-            inputs.student_hidden_ND[rows],
-            inputs.teacher_hidden_NE[rows],
+            inputs.student_hidden_ND[rows].detach(),
+            inputs.teacher_hidden_NE[rows].detach(),
             weights_C=None if weights_N is None else weights_N[rows].contiguous(),
             temperature=inputs.temperature,
         )
@@ -260,7 +278,7 @@ def _unfused_tiles(inputs: _Inputs, weights_N: torch.Tensor | None) -> Iterator[
 def _log_prob_tiles(inputs: _Inputs) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows, and the float32 log-probabilities [C, V] of student and teacher there, tile by tile."""
     heads_VD = {side: _logit_head(*inputs.side(side)) for side in ("student", "teacher")}
-    for rows in inputs.rows():
+    for rows in inputs.rows(bytes_per_entry=8):
         tiles = []
         for side, head in heads_VD.items():
             hidden = inputs.side(side)[0].detach()[rows].to(head.dtype)
@@ -275,10 +293,6 @@ def _logit_head(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """The head in the dtype its logits are computed in: half precision only where the product is float32."""
     half = head.is_cuda and hidden.dtype == head.dtype and head.dtype in _HALF
     return head.detach() if half else head.detach().float()
-
-
-def _bulk_copyable(*matrices: torch.Tensor) -> bool:
-    return all(m.is_contiguous() and m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class TritonTiles:
         The gradient is with respect to the student's logits before the temperature, None without weights, and
         overwritten by the next call.
         """
-        hidden = student_hidden_CD.detach(), teacher_hidden_CE.detach()
+        hidden = student_hidden_CD, teacher_hidden_CE
         count = len(student_hidden_CD)
         below_top, difference, sums = self._below_top[:count], self._difference[:count], self._sums[:, :, :count]
         strides = sums.stride(0), sums.stride(1)
