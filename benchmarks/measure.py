@@ -60,22 +60,25 @@ def seconds(function: Callable[[], object], device: str, *, repeats: int, warm_u
     return statistics.median(times)
 
 
-def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Highest memory use during one call beyond that before it; on the CPU, of resident memory (Linux only)."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
-    before = _status_bytes("VmRSS")
-    function()
-    return _status_bytes("VmHWM") - before
+class PeakMemory:
+    """Highest memory use since it was made beyond that at the time; on the CPU, of resident memory (Linux only)."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        gc.collect()
+        if device == "cpu":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+            self._before = _status_bytes("VmRSS")
+        else:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+
+    def mib(self) -> float:
+        peak = _status_bytes("VmHWM") if self._device == "cpu" else torch.cuda.max_memory_allocated()
+        return (peak - self._before) / MIB
 
 
 def report(title: str, metrics: list[Metric], json_path: Path | None, **facts: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import MIB, Metric, arguments, peak_bytes, report, seconds
+from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds
 from posttrain.divergence import reverse_kl_sum
 from posttrain.divergence.reference import reverse_kl_reference
 
@@ -162,7 +162,9 @@ def main() -> None:
             run = make(case)
             taken = seconds(run, device, repeats=repeats)
             case.hidden.grad = case.head.grad = None
-            extra = (peak_bytes(run, device) - case.result_bytes) / MIB
+            peak = PeakMemory(device)
+            run()
+            extra = peak.mib() - case.result_bytes / MIB
             rows.append({"shape": shape, "name": name, "s": taken, "extra_mib": extra})
         for row in rows[-len(contenders) - 1 :]:
             cells = [*(f"{n:,}" for n in shape), row["name"], f"{row['s'] * 1e3:.2f}", f"{row['s'] / lowest:.2f}"]
