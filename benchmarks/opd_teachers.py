@@ -2,9 +2,9 @@
 
     python -m benchmarks.opd_teachers [--quick] [--json FILE] [--device cpu|cuda]
 
-The student and the teachers are checkpoints of one shape with random weights, written for the occasion. A step is what
-``posttrain.stages.distill`` does after the rollouts: the teachers read their samples, the learner makes one update. Each
-count of teachers gets a pool and a learner of its own; the pool's budget holds two teachers, one at work and one loading.
+The student and the teachers are checkpoints of one shape with random weights, written for the occasion. A step is
+what ``posttrain.stages.distill`` does after the rollouts: the teachers read their samples, the learner makes one
+update. Each count of teachers gets a pool and a learner of its own; the pool holds one teacher at work and one loading.
 """
 
 from __future__ import annotations
