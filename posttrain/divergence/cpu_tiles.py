@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from posttrain.models import cache_dir
+
 BLOCK_V = 128
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -119,10 +121,9 @@ def _library() -> Any:
         f"-Wl,-rpath,{torch_home / 'lib'}",
     ]
     key = hashlib.sha256(f"{command}{torch.__version__}{_processor()}{SOURCE.read_text()}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("POSTTRAIN_CACHE") or Path.home() / ".cache" / "posttrain") / "kernels"
-    path = cache / f"cpu_tiles-{key}.so"
+    path = cache_dir() / "kernels" / f"cpu_tiles-{key}.so"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -118,10 +118,11 @@ def _attend_varlen(
     """One kernel call for all segments; returns [1, T, H, D]."""
     dtype = _compute_dtype(query_BHTD)
     query, key, value = (row[0].transpose(0, 1).to(dtype) for row in (query_BHTD, key_BKTD, value_BKTD))
-    gqa = {"enable_gqa": key.shape[1] != query.shape[1]} if "enable_gqa" in _VARLEN_ARGUMENTS else {}
-    output: torch.Tensor = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(-1, 0), **gqa
-    )
+    arguments: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in _VARLEN_ARGUMENTS:
+        arguments["enable_gqa"] = key.shape[1] != query.shape[1]
+    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **arguments)
+    assert isinstance(output, torch.Tensor), "only asked for with return_aux is there more"
     return output[None]
 
 
