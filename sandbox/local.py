@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import layers
+from sandbox import layers, owners
 from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
 
@@ -48,7 +48,7 @@ class LocalUnsafe:
         """A temporary directory, removed at the end."""
         if layers.split(spec.image)[1]:
             raise Unsupported(f"SandboxSpec.image = {spec.image!r}: substrate {self.name!r} has no layers")
-        with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=owners.name("local"), ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():
                 await box.write(path, data)
