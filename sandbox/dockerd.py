@@ -16,17 +16,19 @@ from sandbox.images import build
 SOCKET = Path("/var/run/docker.sock")
 INSTALL = "install Docker (Debian: apt-get install docker.io) and the Python SDK (pip install 'docker>=7.1')"
 START_DEADLINE_S = 40.0
+PING_DEADLINE_S = 5.0
 
 
 def is_running(path: Path = SOCKET) -> bool:
-    """Whether a daemon accepts connections on the local socket."""
+    """Whether a daemon answers on the local socket. One that is coming up accepts connections before it does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(2)
+        client.settimeout(PING_DEADLINE_S)
         try:
             client.connect(str(path))
+            client.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return b" 200 " in client.recv(64)
         except OSError:
             return False
-        return True
 
 
 def start(folder: Path | None = None, *options: str) -> subprocess.Popen[bytes] | None:
@@ -68,10 +70,10 @@ def start(folder: Path | None = None, *options: str) -> subprocess.Popen[bytes] 
 def _remove_stale(pid_file: Path) -> None:
     """A daemon that was killed leaves its pid file, and the next one refuses to start over it."""
     try:
-        pid = pid_file.read_text().strip()
-    except OSError:
+        pid = int(pid_file.read_text())
+    except (OSError, ValueError):
         return
-    if not Path("/proc", pid).exists():
+    if not owners.is_alive(pid):
         pid_file.unlink(missing_ok=True)
 
 

@@ -46,6 +46,11 @@ def is_dead(owner: str) -> bool:
     return found is not None and found[1] == socket.gethostname() and _started(int(found[2])) != found[3]
 
 
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process. One that has ended and waits to be reaped is none."""
+    return _started(pid) != "dead"
+
+
 def _started(pid: int) -> str:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
