@@ -56,4 +56,5 @@ def _started(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "dead"
-    return fields[19] if fields[0] != "Z" else "dead"
+    # A first thread that has ended is a zombie while others of the process are still at it.
+    return "dead" if fields[0] == "Z" and int(fields[17]) <= 1 else fields[19]

@@ -6,6 +6,7 @@
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     left = witness.left_over()
     assert not left, "left over by the tests:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def socket_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose socket has a short enough name."""
+    short = Path("/tmp") / f"edge-{uuid.uuid4().hex[:8]}"
+    short.symlink_to(tmp_path)
+    yield short
+    short.unlink()
 
 
 @pytest.fixture(scope="session")
