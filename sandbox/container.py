@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -37,8 +38,10 @@ MIB = 1 << 20
 OWNER = "posttrain.owner"
 REPOSITORY = "posttrain-sandbox"
 CALL_DEADLINE_S = 60.0
+"""Of each request to the daemon."""
 MAX_CALLS = 16
-"""Calls on daemons under way at once. They have threads of their own: a daemon that hangs must hold up nothing else."""
+"""Boxes being started or removed at once; more wait. They have threads of their own, so that a daemon that hangs holds
+up nothing else."""
 NUM_INODES = 65536
 HOST_UIDS = (1 << 30, 1 << 31)
 """Where a box's payload uids are drawn from: without a user namespace they are uids of the host."""
@@ -131,8 +134,8 @@ async def start(socket_path: str, spec: SandboxSpec) -> AgentSandbox:
     starting = _calls.submit(_start_container, socket_path, spec)
     try:
         started = await _answer(starting)
-    except BaseException:
-        # The daemon may start it yet, and then nobody wants it any more.
+    except asyncio.CancelledError:
+        # It will be started yet, and then nobody wants it any more.
         starting.add_done_callback(_discard)
         raise
     group = await asyncio.to_thread(cgroups.of, started.pid)
@@ -164,18 +167,15 @@ _calls = ThreadPoolExecutor(MAX_CALLS, "docker")
 
 
 async def _answer(call: Future[T]) -> T:
-    try:
-        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(call)), CALL_DEADLINE_S)
-    except TimeoutError as error:
-        raise SandboxLost(f"the Docker daemon did not answer within {CALL_DEADLINE_S:.0f} s") from error
+    """What comes of a call, which goes on when nobody waits for it any more."""
+    return await asyncio.shield(asyncio.wrap_future(call))
 
 
 def _discard(starting: Future[Started]) -> None:
-    if starting.cancelled() or starting.exception():
-        return
-    started = starting.result()
-    started.channel.close()
-    started.remove()
+    if starting.exception() is None:
+        started = starting.result()
+        started.channel.close()
+        started.remove()
 
 
 class AttachedChannel:
@@ -239,12 +239,29 @@ def _client(socket_path: str) -> docker.APIClient:
     return client
 
 
+_doubtful: set[tuple[docker.APIClient, str]] = set()
+"""Containers that a daemon was to make or remove and did not answer: it may have them, and nobody wants them."""
+
+
 def _start_container(socket_path: str, spec: SandboxSpec) -> Started:
+    client, name = _client(socket_path), f"{owners.PREFIX}-{uuid.uuid4().hex}"
+    for asked, doubtful in list(_doubtful):
+        if asked is client:
+            remove(client, doubtful)
+            _doubtful.discard((client, doubtful))
+    try:
+        return _make(client, name, _image(socket_path, spec.image), spec)
+    except SandboxLost:
+        _doubtful.add((client, name))
+        raise
+
+
+def _make(client: docker.APIClient, name: str, image: str, spec: SandboxSpec) -> Started:
     with _daemon_errors("start a box"):
-        client = _client(socket_path)
         container = client.create_container(
-            _image(socket_path, spec.image),
+            image,
             list(AGENT_ARGV),
+            name=name,
             user="0:0",
             stdin_open=True,
             hostname="sandbox",
@@ -312,16 +329,20 @@ def remove(client: docker.APIClient, container: str) -> None:
     """Kill and remove a container; one that is gone is no error."""
     from docker.errors import APIError, NotFound
 
-    with _daemon_errors("remove a box"):
-        for _ in range(50):
-            try:
-                client.remove_container(container, force=True)
-            except NotFound:
-                return
-            except APIError as error:
-                # 409: the daemon is removing it already, since the agent has ended.
-                if error.status_code != 409:
-                    raise
-                time.sleep(0.02)
-            else:
-                return
+    try:
+        with _daemon_errors("remove a box"):
+            for _ in range(50):
+                try:
+                    client.remove_container(container, force=True)
+                except NotFound:
+                    return
+                except APIError as error:
+                    # 409: the daemon is removing it already, since the agent has ended.
+                    if error.status_code != 409:
+                        raise
+                    time.sleep(0.02)
+                else:
+                    return
+    except SandboxLost:
+        _doubtful.add((client, container))
+        raise
