@@ -263,7 +263,7 @@ def agent_of_this_process() -> int:
 
 
 async def lose_in(client: EdgeClient, kind: str, point: str, aim: Callable[[], None]) -> None:
-    """Use a kind of operation in a box of its own, whose agent dies or becomes deaf when the first one is at a point."""
+    """Use a kind of operation in a box of its own, which is lost while the first one is at a point."""
     box = await client.create(kind, SPEC)
     aim()
     first = await outcome(box, kind)
@@ -287,7 +287,11 @@ def test_an_agent_dies_and_its_box_is_lost(socket_folder: Path, isolated: Proces
     async def play() -> None:
         async with edge_here(socket_folder, isolated, killer) as client:
             for kind in KINDS:
-                await lose_in(client, kind, point, lambda: killer.aim(point, kind, agent_of_this_process()))
+
+                def aim(kind: str = kind) -> None:
+                    killer.aim(point, kind, agent_of_this_process())
+
+                await lose_in(client, kind, point, aim)
                 assert not killer.victim
                 with contextlib.suppress(ValueError):
                     while agent_of_this_process():
@@ -323,10 +327,9 @@ def test_a_kernel_of_its_own_dies(tmp_path: Path, point: str) -> None:
     async def play() -> None:
         async with substrate.open(SPEC) as box:
             assert isinstance(box, gvisor.GvisorSandbox)
-            sentries = [
-                pid for pid in gvisor.mentioning(box.folder) if "sandbox" in Path(f"/proc/{pid}/cmdline").read_text()
-            ]
-            killer.aim(point, "exec", sentries[-1])
+            of_box = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in gvisor.mentioning(box.folder)}
+            (sentry,) = (pid for pid, command in of_box.items() if command.startswith("runsc-sandbox"))
+            killer.aim(point, "exec", sentry)
             await lose_recorded(tmp_path, box, killer, "exec")
 
     asyncio.run(play())
@@ -444,28 +447,30 @@ def test_a_daemon_that_comes_back_has_no_box_of_the_dead(daemon: Daemon, options
     daemon.start(*options)
     substrate = Container(socket=daemon.socket)
 
-    async def play() -> None:
-        with pytest.raises(SandboxLost, match="so it could not remove a box"):
-            async with substrate.open(SPEC) as box:
-                assert isinstance(box, container.ContainerSandbox)
-                running = asyncio.create_task(box.exec("sleep 60", timeout_s=90))
-                await asyncio.sleep(0.2)
-                daemon.kill()
-                with pytest.raises(SandboxLost):
-                    await asyncio.wait_for(running, 10)
-                agents.append(box.started.pid)
-                assert owners.is_alive(box.started.pid), "the daemon's death alone ends no box"
+    async def die_while_a_command_runs(box: AgentSandbox) -> int:
+        assert isinstance(box, container.ContainerSandbox)
+        running = asyncio.create_task(box.exec("sleep 60", timeout_s=90))
+        await asyncio.sleep(0.2)
+        daemon.kill()
         with pytest.raises(SandboxLost):
-            async with substrate.open(SPEC):
-                pass
+            await asyncio.wait_for(running, 10)
+        assert owners.is_alive(box.started.pid), "the daemon's death alone ends no box"
+        return box.started.pid
+
+    async def play() -> None:
+        stack = contextlib.AsyncExitStack()
+        agent = await die_while_a_command_runs(await stack.enter_async_context(substrate.open(SPEC)))
+        with pytest.raises(SandboxLost, match="so it could not remove a box"):
+            await stack.aclose()
         # Nobody needed a daemon to end it.
-        wait_until_dead(agents[0])
-        assert not owners.is_alive(agents[0])
+        wait_until_dead(agent)
+        assert not owners.is_alive(agent)
+        with pytest.raises(SandboxLost, match="so it could not"):
+            await stack.enter_async_context(substrate.open(SPEC))
         daemon.start(*options)
         async with substrate.open(SPEC) as box:
             assert (await box.exec("echo new")).stdout == b"new\n"
 
-    agents: list[int] = []
     asyncio.run(play())
     assert daemon.boxes() == {}
 
