@@ -31,6 +31,7 @@ from sandbox.function import Function
 from sandbox.gvisor import Gvisor
 from sandbox.pool import close_pools
 from sandbox.process import Process
+from sandbox.qemu import FullVM, MicroVM
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
@@ -39,6 +40,8 @@ KINDS: Mapping[str, Substrate] = {
     "container": Container(),
     "function": Function(warm=1),
     "gvisor": Gvisor(),
+    "microvm": MicroVM(),
+    "fullvm": FullVM(),
 }
 Check = Callable[[Sandbox], Awaitable[None]]
 
