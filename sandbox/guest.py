@@ -32,6 +32,11 @@ WAITING = b"R"
 """Written once, when the machine may be saved."""
 GROUP = "/sys/fs/cgroup/box"
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207
+PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 22, 24, 38
+SECCOMP_MODE_FILTER = 2
+CAPABILITY_VERSION_3 = 0x20080522
+KEPT_CAPABILITIES = (5, 6, 7)
+"""KILL, SETGID, SETUID."""
 MS_NOSUID, MS_NODEV, MS_BIND = 2, 4, 4096
 
 
@@ -64,7 +69,9 @@ def prepare(setup: dict[str, Any]) -> None:
         fcntl.ioctl(random, RNDRESEEDCRNG)
     time.clock_settime(time.CLOCK_REALTIME, setup["time_s"])
     _socket.sethostname("sandbox")
-    os.mkdir("/dev/shm")  # noqa: PTH102
+    for path in ("/dev/shm", "/dev/pts"):
+        os.mkdir(path)  # noqa: PTH102
+    mount("devpts", "/dev/pts", "devpts", MS_NOSUID, "mode=0620,ptmxmode=0666")
     for path, size, mode in setup["areas"]:
         mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},mode={mode}")
     write("/dev/shm/boot_id", setup["boot_id"] + "\n")
@@ -76,6 +83,24 @@ def prepare(setup: dict[str, Any]) -> None:
     write(f"{GROUP}/memory.max", str(setup["memory_bytes"]))
     write(f"{GROUP}/pids.max", str(setup["max_processes"]))
     write(f"{GROUP}/cgroup.procs", "0")
+    give_up_rights(bytes.fromhex(setup["filter"]))
+
+
+def give_up_rights(system_calls: bytes) -> None:
+    """Keep what the agent needs: three capabilities and the system calls that pass the filter, a program for BPF."""
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    for capability in range(64):
+        if capability not in KEPT_CAPABILITIES:
+            # Fails beyond the last one there is.
+            libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    kept = sum(1 << capability for capability in KEPT_CAPABILITIES)
+    header, sets = struct.pack("Ii", CAPABILITY_VERSION_3, 0), struct.pack("6I", kept, kept, 0, 0, 0, 0)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+    program = ctypes.create_string_buffer(system_calls)
+    described = struct.pack("HP", len(system_calls) // 8, ctypes.addressof(program))
+    if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, described, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
 
 
 def write(path: str, text: str) -> None:

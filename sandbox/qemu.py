@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
-from sandbox import cgroups, guest, pool
+from sandbox import cgroups, guest, pool, seccomp
 from sandbox.client import AGENT_MEMORY_MB, TMP_MB, AgentSandbox, StreamChannel, command_limits
 from sandbox.images import build, vm
 
@@ -79,7 +79,7 @@ class MicroVM:
             "network": "none",
             "limits": "guest cgroup, and one of the host around the machine",
             "memory": "memory_mb plus disk_mb, since files live in memory",
-            "seccomp": False,
+            "seccomp": True,
             "own_kernel": True,
             "accelerator": accelerator(self.binary) if shutil.which(self.binary) else None,
             "root_file_system": "writable" if self.writable_root else "read-only",
@@ -368,4 +368,5 @@ def _setup(spec: SandboxSpec) -> dict[str, Any]:
         "areas": [(path, size_mb * MIB, mode) for path, size_mb, mode in areas],
         "memory_bytes": _box_memory_mb(spec) * MIB,
         "max_processes": spec.max_processes + 1,
+        "filter": seccomp.bpf().hex(),
     }

@@ -173,6 +173,16 @@ def _run(argv: list[str], cwd: Path | None = None) -> str:
     return done.stdout.decode()
 
 
+def main() -> int:
+    """The command line: the kernel in the cache, fetched when there is none."""
+    try:
+        kernel = require_kernel() if any(folder().glob("kernel-*")) else fetch_kernel()
+    except SandboxError as problem:
+        sys.stderr.write(f"{problem}\n")
+        return 1
+    sys.stdout.write(f"{kernel.image}\n")
+    return 0
+
+
 if __name__ == "__main__":
-    made = fetch_kernel()
-    sys.stdout.write(f"{made.image}\n")
+    sys.exit(main())
