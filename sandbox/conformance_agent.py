@@ -270,7 +270,8 @@ async def a_terminal_interrupts(substrate: Substrate) -> None:
         raise SkipTest("its terminals send no signals (terminal_signals)")
     async with substrate.open(SandboxSpec()) as sandbox:
         job = await agent_box(sandbox).spawn(["bash", "--norc", "-i"], tty=(24, 80), env={"PS1": "$ ", "TERM": "dumb"})
-        await job.write_stdin(b"sleep 60; echo no''t\n")
+        await job.write_stdin(b"echo rea''dy; sleep 60; echo no''t\n")
+        await _until(job, b"ready")
         await asyncio.sleep(0.3)
         await job.write_stdin(b"\x03echo ba''ck\n")
         expect(b"not" not in await _until(job, b"back"), "Ctrl-C")
