@@ -22,9 +22,10 @@ from sandbox.function import Function
 from sandbox.gvisor import Gvisor
 from sandbox.pool import close_pools
 from sandbox.process import Process
+from sandbox.qemu import MicroVM
 
-KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1), Gvisor()]
-IDS = ["process", "container", "function", "gvisor"]
+KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1), Gvisor(), MicroVM()]
+IDS = ["process", "container", "function", "gvisor", "microvm"]
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proces", "expected process, container, function, gvisor or module:attribute"),
+        ("proces", "expected process, container, function, gvisor, microvm, fullvm or module:attribute"),
         ("no_such_module:X", "No module named 'no_such_module'"),
         ("my_box:Missing", "no attribute 'Missing'; expected process, container, function"),
         ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),
