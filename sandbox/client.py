@@ -45,6 +45,7 @@ BASE_ENV = {
 }
 BOOTSTRAP = """\
 import os, marshal, _frozen_importlib_external as f
+os.set_blocking(0, True), os.set_blocking(1, True)
 def read(n):
     b = b''
     while len(b) < n:
@@ -55,7 +56,10 @@ def read(n):
 magic, code, source = (read(int.from_bytes(read(4), 'big')) for _ in range(3))
 exec(marshal.loads(code) if magic == f.MAGIC_NUMBER else compile(source, 'agent', 'exec'), {'__name__': '__main__'})
 """
-"""What the box's Python runs first: it takes the agent's program from the channel, so no image contains it."""
+"""What the box's Python runs first: it takes the agent's program from the channel, so no image contains it.
+
+gVisor hands out a socket that does not block, and the agent relies on one that does.
+"""
 AGENT_ARGV = ("/usr/bin/python3", "-I", "-S", "-c", BOOTSTRAP)
 
 
