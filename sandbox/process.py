@@ -65,6 +65,7 @@ class Process:
             "memory": "memory_mb plus disk_mb, since files live in memory" if cgroups.is_available() else "per process",
             "seccomp": seccomp.is_supported(),
             "image": image.digest if image else "host",
+            "shared": ("flock",),
             "survives_host_restart": False,
         }
 
