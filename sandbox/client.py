@@ -240,6 +240,7 @@ class AgentSandbox:
                 await _to_the_end(self._freeze, True)
             except BaseException:
                 self._thaw()
+                self._awake.set()
                 raise
 
     async def resume(self) -> None:
@@ -271,7 +272,6 @@ class AgentSandbox:
             with contextlib.suppress(SandboxError):
                 self._freeze(False)
             self.paused = False
-            self._awake.set()
 
     async def snapshot(self) -> Snapshot:
         """Keep the content of the workdir as a layer. ``SandboxSpec(image=snapshot.image)`` begins with it.
