@@ -18,7 +18,7 @@ from typing import Any
 from posttrain.errors import RecipeError
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, write_files
+from sandbox.client import AgentSandbox, prepare
 from sandbox.pool import shared
 from sandbox.process import Process
 
@@ -49,14 +49,14 @@ class Function:
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[AgentSandbox]:
         """A box from the pool. Leaving the context gives it back when nothing of its use is left in it."""
-        kind = replace(spec, files={})
+        kind = replace(spec, files={}, network=())
         start = functools.partial(_start, self.base)
         pool = shared(self, kind, self.warm, start=start, stop=_stop, reuse=True)
         box = await pool.take()
         reusable = False
         try:
             box.spec = spec
-            await write_files(box)
+            await prepare(box)
             yield box
             reusable = not box.spoiled and box.num_calls <= self.max_calls
         finally:

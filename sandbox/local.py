@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
@@ -44,7 +44,11 @@ class LocalUnsafe:
 
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
-        """A temporary directory, removed at the end."""
+        """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``: nothing would enforce it."""
+        if spec.network:
+            raise Unsupported(
+                f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"
+            )
         with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, write_files
+from sandbox.client import AgentSandbox, prepare
 
 Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
 Stop = Callable[[AgentSandbox], Awaitable[None]]
@@ -107,14 +107,14 @@ _pools: dict[tuple[Hashable, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
 @contextlib.asynccontextmanager
 async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: Stop) -> AsyncIterator[AgentSandbox]:
     """A fresh box, from a pool when the substrate keeps one; stopped at the end, whatever happens."""
-    kind = replace(spec, files={})
+    kind = replace(spec, files={}, network=())
     if substrate.warm:
         box = await shared(substrate, kind, substrate.warm, start=start, stop=stop).take()
     else:
         box = await start(kind)
     try:
         box.spec = spec
-        await write_files(box)
+        await prepare(box)
         yield box
     finally:
         await stop(box)
