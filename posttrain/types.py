@@ -52,8 +52,8 @@ class SandboxSpec:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files written below ``workdir`` before the first command: relative path -> content."""
     network: tuple[str, ...] = ()
-    """What the box may reach, through an HTTP proxy on the host; empty: nothing. An entry is a ``host``, ``*.host`` (what
-    is below it) or a block of addresses, with ``:port`` or for 80 and 443; see ``posttrain.network``."""
+    """What the box may reach, through an HTTP proxy on the host; empty: nothing. An entry is a ``host``, ``*.host`` or
+    a block of addresses, with ``:port`` or for 80 and 443; see ``posttrain.network``."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, str):

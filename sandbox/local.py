@@ -44,7 +44,7 @@ class LocalUnsafe:
 
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
-        """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``: nothing would enforce it."""
+        """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``, which nothing enforces."""
         if spec.network:
             raise Unsupported(
                 f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"
