@@ -8,10 +8,10 @@ Each direction of a connection has a window: bytes that the other side has not p
 so a sender waits at its socket. One turn of the agent's loop moves at most one piece per connection and takes one frame
 of the host's, so commands wait for pieces, not for transfers.
 
-A message about a connection is its number, what happened, and for two of the five an argument: ``open`` (from here
-only), ``data`` and the bytes, ``end`` of the data in this direction, ``took`` and how many bytes were passed on,
-``close``: from here that the connection broke, from the host that it is to end when what was sent is delivered, and
-that its number and place are free.
+A message about a connection is its number, what happened, and perhaps an argument: ``open`` (from here only), ``data``
+and the bytes, ``end`` of the data in this direction, ``took`` and how many bytes were passed on, ``got`` and how many
+have arrived here, ``close``: from here that the connection broke, from the host that it is to end when what was sent is
+delivered, and that its place is free.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class Door:
 
     def carry(self, number: int, what: bytes, argument: list[bytes]) -> None:
         """What the host says about a connection, which may be gone."""
+        if what == b"data":
+            self.tell(number, "got", len(argument[0]))
         line = self.lines.get(number)
         if line is None:
             return

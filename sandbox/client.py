@@ -491,14 +491,16 @@ class AgentSandbox:
         return reply.result()
 
     async def _send(self, data: bytes) -> None:
-        # Not half a frame, should whoever sends it be cancelled.
-        await asyncio.shield(self._send_whole(data))
+        # Not half a frame, should whoever sends it be cancelled; nobody then waits for how it went.
+        sending = asyncio.ensure_future(self._send_whole(data))
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(sending)
 
     async def _send_whole(self, data: bytes) -> None:
         try:
             # One after the other, since a channel may send a large frame in pieces.
-            async with self._sending:
-                await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
+            async with self._sending, asyncio.timeout(FILE_DEADLINE_S):
+                await self._channel.send(data)
         except (OSError, TimeoutError) as error:
             self._fail(f"the channel to the agent broke: {error!r}")
             raise SandboxLost(self._lost) from error

@@ -35,6 +35,9 @@ DIAL_S = 10.0
 """For the look-up and for the connection, each."""
 HOLD_S = 0.05
 """How long at least a connection that leads nowhere takes up its place."""
+CHANNEL_BYTES = WINDOW
+"""On their way to the agent, of all connections of a box: what a command waits for at most, and little enough to lie in
+the channel while the box is paused."""
 MAX_LOGGED = 1000
 """Connections of a box that are remembered: the newest."""
 AUTHORITY = r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+))"
@@ -153,20 +156,42 @@ def parse_request(head: bytes) -> Request:
     return Request(host, port, "\r\n".join([*kept, "", ""]).encode("latin-1"), body_bytes)
 
 
+class Window:
+    """Bytes that may be under way."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._opened = asyncio.Event()
+
+    def add(self, size: int) -> None:
+        self._left += size
+        self._opened.set()
+
+    def take(self, size: int) -> None:
+        self._left -= size
+
+    async def room(self) -> int:
+        """How many more; waits until there is room for some."""
+        while self._left <= 0:
+            self._opened.clear()
+            await self._opened.wait()
+        return self._left
+
+
 class Line:
     """One connection's bytes between the box and the host."""
 
-    def __init__(self, number: int, tell: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, number: int, egress: Egress) -> None:
         self.number = number
         self.record = Connection()
         self.task: asyncio.Task[None]
+        self.clock: asyncio.Timeout | None = None
+        """Set when the task runs."""
         self.ending = False
-        self.clock: asyncio.Timeout
         self.incoming = asyncio.StreamReader(limit=HEAD_BYTES)
-        self._tell = tell
+        self.window = Window(WINDOW)
+        self._egress = egress
         self._unread = 0
-        self._room = WINDOW
-        self._has_room = asyncio.Event()
 
     def feed(self, data: bytes) -> None:
         self._unread += len(data)
@@ -174,36 +199,27 @@ class Line:
             raise ValueError("the agent sent more of a connection than was asked for")
         self.incoming.feed_data(data)
 
-    def add_room(self, size: int) -> None:
-        self._room += size
-        self._has_room.set()
-
     async def took(self, size: int) -> None:
         """Have the box send that much more."""
         self._unread -= size
-        await self._tell(self.number, "took", size)
-
-    async def room(self) -> int:
-        """How many bytes the box takes now; waits until it takes some."""
-        while self._room <= 0:
-            self._has_room.clear()
-            await self._has_room.wait()
-        return min(self._room, PIECE)
+        await self.tell("took", size)
 
     async def send(self, data: bytes) -> None:
-        self._room -= len(data)
-        await self._tell(self.number, "data", data)
+        await self._egress.channel.room()
+        self._egress.channel.take(len(data))
+        self.window.take(len(data))
+        await self.tell("data", data)
 
-    async def end(self) -> None:
-        await self._tell(self.number, "end")
-
-    async def close(self) -> None:
-        await self._tell(self.number, "close")
+    async def tell(self, what: str, *argument: bytes | int) -> None:
+        await self._egress.tell(agent.pack(self.number, what, *argument))
 
     def cut(self, reason: str) -> None:
-        if not self.ending:
-            self.ending = True
-            self.record.reason = reason
+        if self.ending:
+            return
+        self.ending = True
+        self.record.reason = reason
+        if self.clock:
+            # A task that is cancelled before it runs does not clean up.
             self.task.cancel()
 
 
@@ -211,7 +227,8 @@ class Egress:
     """The proxy of one box. ``tell`` sends the body of a frame to its agent."""
 
     def __init__(self, tell: Callable[[bytes], Awaitable[None]]) -> None:
-        self._tell = tell
+        self.tell = tell
+        self.channel = Window(CHANNEL_BYTES)
         self._allowed = AllowList()
         self._limits = NetLimits()
         self._lines: dict[int, Line] = {}
@@ -261,28 +278,29 @@ class Egress:
         if what == b"open":
             if len(self._lines) == MAX_CONNECTIONS:
                 raise ValueError("the agent opened more connections than a box may have")
-            line = self._lines[number] = Line(number, self._tell_line)
+            line = self._lines[number] = Line(number, self)
             self._log.append(line.record)
             line.task = asyncio.get_running_loop().create_task(self._serve(line))
+        elif what == b"got":
+            self.channel.add(int(fields[2]))
         elif number in self._lines:
             line = self._lines[number]
             if what == b"data":
                 line.feed(fields[2])
             elif what == b"took":
-                line.add_room(int(fields[2]))
+                line.window.add(int(fields[2]))
             elif what == b"end":
                 line.incoming.feed_eof()
             else:
                 line.cut("the client closed it")
-
-    async def _tell_line(self, number: int, what: str, *argument: bytes | int) -> None:
-        await self._tell(agent.pack(number, what, *argument))
 
     async def _serve(self, line: Line) -> None:
         """A connection from its first byte to its last."""
         record = line.record
         try:
             async with asyncio.timeout(self._limits.idle_s) as line.clock:
+                if line.ending:
+                    raise Cut(record.reason)
                 try:
                     await self._forward(line)
                 except Refused as refusal:
@@ -301,7 +319,7 @@ class Egress:
                 await asyncio.sleep(HOLD_S)
             del self._lines[line.number]
             with contextlib.suppress(SandboxLost):
-                await line.close()
+                await line.tell("close")
 
     async def _forward(self, line: Line) -> None:
         request = await self._read_request(line)
@@ -386,16 +404,17 @@ class Egress:
             await line.took(len(data))
 
     async def _send_down(self, line: Line, reader: asyncio.StreamReader) -> None:
-        while data := await reader.read(await line.room()):
+        while data := await reader.read(min(PIECE, await line.window.room())):
             line.record.received += len(data)
             self._count(line, len(data))
             await line.send(data)
-        await line.end()
+        await line.tell("end")
 
     def _count(self, line: Line, size: int) -> None:
         self._moved += size
         if self._moved > self._limits.max_bytes:
             raise Cut(f"the box has moved its {self._limits.max_bytes} bytes")
+        assert line.clock is not None
         line.clock.reschedule(asyncio.get_running_loop().time() + self._limits.idle_s)
 
 

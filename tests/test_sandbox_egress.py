@@ -22,10 +22,10 @@ from posttrain.network import AllowList, parse
 from posttrain.protocols import Substrate
 from posttrain.types import ExecResult, SandboxSpec
 from sandbox import dockerd
-from sandbox.agent_egress import MAX_CONNECTIONS, WINDOW
+from sandbox.agent_egress import MAX_CONNECTIONS, PIECE, WINDOW
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
-from sandbox.egress import MAX_LOGGED, Connection, NetLimits, Refused, parse_request
+from sandbox.egress import CHANNEL_BYTES, MAX_LOGGED, Connection, Egress, NetLimits, Refused, parse_request
 from sandbox.function import Function
 from sandbox.gvisor import Gvisor
 from sandbox.local import LocalUnsafe
@@ -38,7 +38,7 @@ KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Gvisor(
 every_box = pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container", "gvisor"])
 process_box = pytest.mark.parametrize("substrate", [Process()], indirect=True, ids=["process"])
 RAW = """
-import os, socket, sys, time
+import os, socket, struct, sys, time
 def dial(**options):
     host, port = os.environ.get("http_proxy", sys.argv[1])[7:].split(":")
     made = socket.socket()
@@ -420,10 +420,16 @@ def ask_in_vain():
     while True:
         try: ask("GET http://no.test/ HTTP/1.1\\r\\n\\r\\n").recv(100)
         except OSError: pass
+def hang_up():
+    while True:
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        made.connect(("127.0.0.1", 3128))
+        made.close()
 def transfer():
     made = ask("GET http://127.0.0.1:%s/4000000000 HTTP/1.1\\r\\n\\r\\n" % sys.argv[2])
     while made.recv(1 << 20): pass
-for each in (transfer, ask_in_vain, ask_in_vain, ask_in_vain): threading.Thread(target=each).start()
+for each in (transfer, ask_in_vain, ask_in_vain, hang_up): threading.Thread(target=each).start()
 time.sleep(0.3)
 hoard()
 """
@@ -443,7 +449,12 @@ hoard()
             kept = box.connections()
             assert 10 < sum(c.verdict == "refused" for c in kept) < MAX_LOGGED
             assert max(c.received for c in kept) > 10 * WINDOW
-            assert await statuses(box, [get("127.0.0.1", big.port)]) == [200]
+            # No place was lost.
+            everything = f"""
+made = [ask({connect("127.0.0.1", big.port)!r}) for _ in range({MAX_CONNECTIONS})]
+print({{first_line(each).split()[1] for each in made}})
+"""
+            assert (await raw(box, everything)).stdout == b"{'200'}\n"
 
     in_box(substrate, test)
 
@@ -521,6 +532,31 @@ def test_a_box_that_had_a_network_is_not_used_again(substrate: Substrate) -> Non
                 assert (await other.call("import os; print('https_proxy' in os.environ)")).stdout == b"False\n"
         finally:
             await close_pools()
+
+    asyncio.run(run())
+
+
+def test_little_is_on_its_way_to_a_box_that_takes_nothing() -> None:
+    async def run() -> None:
+        told: list[bytes] = []
+
+        async def tell(body: bytes) -> None:
+            told.append(body)
+
+        egress = Egress(tell)
+        async with site() as big:
+            await egress.set(parse([f"127.0.0.1:{big.port}"], field="allow"), NetLimits())
+            for number in (b"1", b"2", b"3", b"4"):
+                egress.on_event([number, b"open"])
+                egress.on_event([number, b"data", get("127.0.0.1", big.port, "/9000000").encode()])
+            size = -1
+            while size != (size := sum(map(len, told))):
+                await asyncio.sleep(0.1)
+            assert CHANNEL_BYTES < size < CHANNEL_BYTES + 2 * PIECE
+            egress.on_event([b"1", b"got", b"%d" % CHANNEL_BYTES])
+            await asyncio.sleep(0.1)
+            assert sum(map(len, told)) > size
+            egress.close()
 
     asyncio.run(run())
 
