@@ -176,7 +176,8 @@ async def ended(box: AgentSandbox) -> Sequence[Connection]:
 
 
 async def alive(box: AgentSandbox) -> None:
-    assert (await box.exec(["echo", "alive"])).stdout == b"alive\n"
+    result = await box.exec(["echo", "alive"])
+    assert result.stdout == b"alive\n", result
 
 
 def in_box(substrate: Substrate, test: Callable[[AgentSandbox], Awaitable[None]], *network: str) -> None:
@@ -444,7 +445,8 @@ hoard()
                 await alive(box)
                 slowest = max(slowest, time.monotonic() - started)
                 assert sum(c.verdict == "open" for c in box.connections()) <= MAX_CONNECTIONS
-            assert (await flood).status == "timeout"
+            flooded = await flood
+            assert flooded.status == "timeout", flooded
             assert slowest < 1.0
             kept = box.connections()
             assert 10 < sum(c.verdict == "refused" for c in kept) < MAX_LOGGED
