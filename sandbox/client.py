@@ -122,16 +122,17 @@ class AgentSandbox:
         """Why no stranger may get this box after its user; empty while it has only had calls that left nothing."""
         self.num_calls = 0
 
-    async def start(self, *, uid: int, limits: Mapping[int, int]) -> None:
+    async def start(self, *, uid: int, limits: Mapping[int, int], group: str = "") -> None:
         """Send the agent's program and wait until it answers.
 
         ``uid`` is the first of ``SLOTS`` payload uids (and the gid); ``limits`` are resource limits of each command.
+        ``group`` is the control group in the box that counts what the host cannot.
         """
         ready: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         self._pending[0] = ready
         self._pump = asyncio.create_task(self._receive_replies())
         rlimits = [f"{limit}={value}" for limit, value in limits.items()]
-        config = agent.pack(self.spec.workdir, uid, uid, SLOTS, *rlimits)
+        config = agent.pack(self.spec.workdir, uid, uid, SLOTS, group, *rlimits)
         await self._send(_program() + agent.HEADER.pack(0, agent.CONFIG, len(config)) + config)
         await self._await(0, ready, START_DEADLINE_S)
 
