@@ -32,6 +32,7 @@ from sandbox.local import LocalUnsafe
 from sandbox.log import TrajectoryLog
 from sandbox.pool import close_pools
 from sandbox.process import Process
+from sandbox.qemu import MicroVM
 from sandbox.recorded import creation, spec_of
 
 KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Gvisor()]
@@ -484,7 +485,7 @@ def test_limits_end_connections(substrate: Substrate, names: Names) -> None:
     in_box(substrate, test)
 
 
-@process_box
+@pytest.mark.parametrize("substrate", [Process(), MicroVM()], indirect=True, ids=["process", "microvm"])
 def test_only_the_request_that_was_checked_goes_on(substrate: Substrate, names: Names) -> None:
     names.addresses["up.test"] = ["127.0.0.1"]
 
