@@ -70,7 +70,7 @@ class Gvisor:
         image = build.find("default")
         return {
             "isolation": "kernel",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup, max_processes per command",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": seccomp.is_supported(),

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, bare, write_files
+from sandbox.client import AgentSandbox, bare, prepare
 
 Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
 Stop = Callable[[AgentSandbox], Awaitable[None]]
@@ -113,7 +113,7 @@ async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: St
         box = await start(kind)
     try:
         box.spec = spec
-        await write_files(box)
+        await prepare(box)
         yield box
     finally:
         await stop(box)

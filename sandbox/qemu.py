@@ -76,7 +76,7 @@ class MicroVM:
         image = build.find("default")
         return {
             "isolation": "vm",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "guest cgroup, and one of the host around the machine",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": True,
