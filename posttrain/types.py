@@ -194,6 +194,8 @@ class Rollout:
     artifacts: Mapping[str, bytes] = field(default_factory=dict)
     """Files the environment took out of the sandbox at the end, by path, for grading elsewhere."""
     wall_s: float = 0.0
+    failures: tuple[str, ...] = ()
+    """Why earlier attempts at it were given up, oldest first: what the machinery did, never the policy."""
 
     @property
     def text(self) -> str:
