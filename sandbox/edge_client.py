@@ -155,6 +155,10 @@ class EdgeClient:
             except (SandboxLost, ValueError) as error:
                 self._fail(str(error))
                 return
+            except asyncio.CancelledError:
+                # Nobody takes replies any more, so that whoever waits for one must not.
+                self._fail("the client hung up")
+                raise
             finally:
                 self._writer = None
                 writer.close()
@@ -210,6 +214,8 @@ class EdgeClient:
         for _, reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(reason))
+                # Retrieved here, since whoever waited for it may have been cancelled.
+                reply.exception()
 
 
 class EdgeSandbox:

@@ -229,7 +229,9 @@ def test_an_edge_that_was_killed_is_started_again_and_its_boxes_are_lost(tmp_pat
 
 def test_an_edge_that_nobody_uses_ends_by_itself(tmp_path):
     async def leave(kept: Kept) -> None:
-        await kept.open_for("r", SandboxSpec()).__aenter__()
+        with socket_in(kept.edge_folder) as path:
+            async with EdgeClient(path) as edge:
+                await edge.create("r", SandboxSpec())
 
     with Kept(base=LOCAL, keep_s=0.5, limits=Limits(lease_s=0.5)).for_run(tmp_path) as kept:
         edge = psutil.Process(edge_pid(kept.edge_folder))
