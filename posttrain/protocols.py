@@ -17,12 +17,15 @@ from posttrain.types import (
     ExecResult,
     IntArray,
     Message,
+    Observation,
     Request,
     Rollout,
     Sample,
     SandboxSpec,
     Score,
     Task,
+    Tool,
+    ToolCall,
 )
 
 if TYPE_CHECKING:
@@ -125,6 +128,28 @@ class KeepsBoxes(Substrate, Protocol):
         when it cannot be known whether it happened. Leaving the context removes the box, the death of the process
         does not.
         """
+        ...
+
+
+class ToolSession(Protocol):
+    """The tools of one episode, with what they remember from call to call."""
+
+    async def call(self, call: ToolCall) -> Observation:
+        """Run a tool. Whatever the model did wrong is an observation; what the machinery fails at raises."""
+        ...
+
+
+@runtime_checkable
+class Tools(Protocol):
+    """Tools that work in a box."""
+
+    @property
+    def definitions(self) -> Sequence[Tool]:
+        """What the model may call."""
+        ...
+
+    def start(self, sandbox: Sandbox) -> ToolSession:
+        """Tools in an open box, which belongs to the caller; what they leave running ends with it."""
         ...
 
 

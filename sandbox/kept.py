@@ -48,7 +48,7 @@ class Kept:
     """
 
     base: Substrate = field(default_factory=Process)
-    limits: Limits = Limits(max_boxes=256)
+    limits: Limits = field(default_factory=lambda: Limits(max_boxes=256))
     """Of each host. Recipes bound their boxes by ``Workers.max_concurrent_sandboxes``; this is the last resort."""
     keep_s: float = 1800.0
     """How long the edge and its boxes stay when no client holds any."""
@@ -126,7 +126,9 @@ class Kept:
                     timeout=START_DEADLINE_S,
                 )
             except subprocess.TimeoutExpired as error:
-                raise SandboxUnavailable(f"the edge in {folder} did not start within {START_DEADLINE_S:.0f} s") from error
+                raise SandboxUnavailable(
+                    f"the edge in {folder} did not start within {START_DEADLINE_S:.0f} s"
+                ) from error
         if started.returncode:
             reason = started.stderr.decode(errors="replace").strip()
             raise SandboxUnavailable(f"the edge in {folder} could not be started: {reason}")

@@ -78,7 +78,7 @@ class CountingEpisode:
         if dies_here:
             await (asyncio.sleep(0.3) if self._rules.amid else running)
             with contextlib.suppress(FileExistsError):
-                os.symlink(str(os.getpid()), self._rules.folder / "pid")
+                (self._rules.folder / "pid").symlink_to(str(os.getpid()))
             await asyncio.sleep(GIVE_UP_S)
         return ({"role": "tool", "content": (await running).stdout.decode()},)
 
@@ -137,7 +137,7 @@ def kill_when_named(folder: Path) -> None:
     give_up = time.monotonic() + GIVE_UP_S
     while not (folder / "pid").is_symlink() and time.monotonic() < give_up:
         time.sleep(0.01)
-    os.kill(int(os.readlink(folder / "pid")), signal.SIGKILL)
+    os.kill(int(str((folder / "pid").readlink())), signal.SIGKILL)
 
 
 def boxes_of(kept: Kept) -> list[dict[str, str]]:
