@@ -64,7 +64,8 @@ class HiddenTests:
             return Score(value=0.0, explanation=f"The files hold more than {self.max_artifact_bytes} bytes.")
         if sandbox is None:
             raise SandboxError("HiddenTests.score got no sandbox; open one from its sandbox spec for this rollout")
-        faults = [await self._run(sandbox, {**files, **hidden}, case) for case in cases]
+        placed = {**files, **hidden}
+        faults = [await self._run(sandbox, placed, case, first=case is cases[0]) for case in cases]
         parts = {f"case_{i}": float(not fault) for i, fault in enumerate(faults)}
         share = sum(parts.values()) / len(parts)
         failed = [i for i, fault in enumerate(faults) if fault]
@@ -75,15 +76,15 @@ class HiddenTests:
         )
         return Score(value=share if self.partial else float(share == 1.0), parts=parts, explanation=explanation)
 
-    async def _run(self, sandbox: Sandbox, files: Mapping[str, bytes], case: Case) -> str:
+    async def _run(self, sandbox: Sandbox, files: Mapping[str, bytes], case: Case, *, first: bool) -> str:
         """Why a case fails; empty when it passes."""
         for path, data in files.items():
             try:
                 await sandbox.write(path, data)
             except OSError as error:
-                if error.errno is None:
-                    raise
-                # The box was as it should be before the first case, so an earlier one did it.
+                if error.errno is None or first:
+                    raise SandboxError(f"{path!r} could not be put into the grading box: {error}") from error
+                # An earlier case could, so the work is in the way.
                 return f"cannot start: {path}: {error.strerror}"
         result = await sandbox.exec(
             case.command, stdin=case.stdin.encode(), timeout_s=self.sandbox.timeout_s, max_output=MAX_OUTPUT

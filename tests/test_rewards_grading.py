@@ -194,10 +194,13 @@ def test_a_task_that_cannot_be_graded_says_why(info, why):
         grade(FakeSubstrate(), task(**info), {"solution.py": b""})
 
 
-def test_a_box_that_fails_is_not_a_grade():
+def test_a_box_that_fails_is_not_a_grade(isolated):
+    small = HiddenTests(sandbox=SandboxSpec(disk_mb=1))
     cancelled = ExecResult(status=ExecStatus.CANCELLED, exit_code=None)
     with pytest.raises(SandboxError, match="was cancelled"):
         grade(FakeSubstrate(answer=lambda command: cancelled), task(), {"solution.py": b""})
+    with pytest.raises(SandboxError, match=r"'tests/run\.py' could not be put into the grading box: .*No space"):
+        grade(isolated, task(hidden_files={"tests/run.py": "x" * (2 << 20)}), {"solution.py": b""}, small)
     rollout = Rollout(id="r", task=task(), turns=(), stop=StopReason.FINISHED, artifacts={"solution.py": b""})
     with pytest.raises(SandboxError, match="got no sandbox"):
         asyncio.run(REWARD.score(rollout))
