@@ -8,7 +8,8 @@ bound this process ends the box's commands, which keeps the box itself alive. Wh
 theirs: about 3 MiB for a forked Python, 2 KiB for a file. Processes are bounded per command, by a resource limit.
 
 What it does not give: the whole of Linux. Debian 12's release (20221219) rejects a flag that coreutils' ``ls`` and
-``stat`` pass, so that both fail on any path they are given ("Invalid argument"); ``find``, globs and Python work.
+``stat`` pass, so that both fail on any path they are given ("Invalid argument"); ``find``, globs and Python work. Its
+terminals take Ctrl-C as a character like any other, and nothing tells from outside which group runs in the foreground.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import cgroups, owners, pool
+from sandbox import cgroups, owners, pool, seccomp
 from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, StreamChannel, command_limits
 from sandbox.images import build
 
@@ -65,18 +66,22 @@ class Gvisor:
     name: str = "gvisor"
 
     def capabilities(self) -> Mapping[str, Any]:
-        """``seccomp`` is False since there is no host kernel to filter calls to, only the box's ``own_kernel``."""
+        """``seccomp`` filters calls to the box's ``own_kernel``; the host's sees none. Ctrl-C is no signal there."""
         image = build.find("default")
         return {
             "isolation": "kernel",
             "network": "none",
             "limits": "cgroup, max_processes per command",
             "memory": "memory_mb plus disk_mb, since files live in memory",
-            "seccomp": False,
+            "seccomp": seccomp.is_supported(),
             "own_kernel": True,
+            "terminal_signals": False,
             "release": _release(self.binary),
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -183,7 +188,8 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         jail = _launch(substrate, folder, group, theirs)
         removal.callback(_end, jail, group)
         theirs.close()
-        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close)
+        freeze = group.freeze if group.freezer else None
+        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
         box.folder, box.group = folder, group
         undo.callback(box.close)
         try:
@@ -220,7 +226,8 @@ def _launch(substrate: Gvisor, folder: Path, group: cgroups.Group, channel: sock
 
 
 def _runsc(binary: str, platform: str, folder: Path) -> list[str]:
-    return [binary, f"--root={folder}/state", f"--platform={platform}", "--network=none", "--ignore-cgroups"]
+    options = ("--network=none", "--ignore-cgroups", "--oci-seccomp")
+    return [binary, f"--root={folder}/state", f"--platform={platform}", *options]
 
 
 def _id(folder: Path) -> str:
@@ -255,7 +262,10 @@ def _config(spec: SandboxSpec) -> dict[str, Any]:
                 for path, size_mb, mode in areas
             ),
         ],
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]},
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+            "seccomp": seccomp.gvisor_profile(),
+        },
     }
 
 

@@ -284,7 +284,6 @@ def test_kept_is_a_value_that_says_what_it_is():
 
 
 def test_tools_go_on_in_the_shell_they_had(isolated, tmp_path):
-    pytest.importorskip("sandbox.operations", reason="boxes at an edge have no shell sessions")
     commands = ["mkdir d; cd d; x=7", "echo $x >> f; cat f"]
 
     async def work(box: Sandbox, *more: str) -> list[str]:
