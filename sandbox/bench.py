@@ -1,0 +1,149 @@
+"""How quick boxes are on this machine: ``posttrain sandbox bench``, and what ``benchmarks/sandbox.py`` builds on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import SandboxError
+from posttrain.protocols import Substrate
+from posttrain.types import ExecResult, SandboxSpec
+from sandbox.client import AgentSandbox
+from sandbox.function import Function
+from sandbox.log import TrajectoryLog
+from sandbox.pool import close_pools, settled
+from sandbox.recorded import RecordedSandbox, Recorder, creation
+
+SPEC = SandboxSpec(memory_mb=64, disk_mb=8)
+SNIPPET = "print(sum(range(100)))"
+SNIPPET_OUTPUT = b"4950\n"
+
+Action = Callable[[], Awaitable[float]]
+"""Does something once and gives the seconds that the part of interest took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """What an action took, each time."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def p50_ms(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
+
+    @property
+    def p95_ms(self) -> float:
+        """The smallest time that 95 % of the others do not exceed: with less than 20 of them, the largest."""
+        return 1e3 * sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
+
+
+async def alternate(
+    actions: Mapping[str, Action], rounds: int, *, warm_up: int = 1, pause_s: float = 0.0
+) -> dict[str, Latency]:
+    """Every action once per round, so that whatever else the machine does hits all of them alike.
+
+    The pause before each lets the one before it come to rest: a daemon clears up after it has answered.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(warm_up + rounds):
+        for name, action in actions.items():
+            await asyncio.sleep(pause_s)
+            took = await action()
+            if number >= warm_up:
+                seconds[name].append(took)
+    return {name: Latency(tuple(values)) for name, values in seconds.items()}
+
+
+def executing(box: Any, *argv: str) -> Action:
+    """A command in an open box."""
+
+    async def action() -> float:
+        started = time.perf_counter()
+        result = await box.exec(argv)
+        return _took(started, result, b"")
+
+    return action
+
+
+def calling(box: AgentSandbox) -> Action:
+    """A Python snippet in an open box, in a process of its own."""
+
+    async def action() -> float:
+        started = time.perf_counter()
+        result = await box.call(SNIPPET)
+        return _took(started, result, SNIPPET_OUTPUT)
+
+    return action
+
+
+def _took(started: float, result: ExecResult, expected: bytes) -> float:
+    took = time.perf_counter() - started
+    if not result.ok or result.stdout != expected:
+        raise SandboxError(f"expected exit code 0 and the output {expected!r}, got {result}")
+    return took
+
+
+def opening(substrate: Substrate, spec: SandboxSpec = SPEC) -> Action:
+    """A box that is made when it is asked for, until it answers. Its removal is not part of the time."""
+
+    async def action() -> float:
+        started = time.perf_counter()
+        async with substrate.open(spec):
+            took = time.perf_counter() - started
+        await settled()
+        return took
+
+    return action
+
+
+def warmed(substrate: Substrate) -> Substrate:
+    """The same kind, with boxes started ahead."""
+    fields = dataclasses.fields(substrate)  # type: ignore[arg-type]  # what can be in a recipe is a dataclass
+    if any(item.name == "warm" for item in fields):
+        return dataclasses.replace(substrate, warm=2)  # type: ignore[type-var]
+    return Function(base=substrate)
+
+
+async def measure(substrate: Substrate, report: Callable[[str, Latency | str], None], *, rounds: int = 20) -> None:
+    """Tell ``report`` each figure as it is there, or why there is none. About a second for a ``process``."""
+
+    async def run(name: str, action: Action, rounds: int, warm_up: int) -> None:
+        try:
+            report(name, (await alternate({name: action}, rounds, warm_up=warm_up))[name])
+        except (SandboxError, ValueError) as problem:
+            report(name, str(problem).partition("\n")[0])
+
+    await run("open", opening(substrate), max(3, rounds // 4), 1)
+    await run("take", opening(warmed(substrate)), max(3, rounds // 4), 2)
+    async with substrate.open(SPEC) as box:
+        # First, since the interpreter that is forked from must have been started in a box that is clean.
+        if isinstance(box, AgentSandbox):
+            await run("call", calling(box), rounds, 3)
+        await run("exec", executing(box, "true"), rounds, 3)
+    await close_pools()
+
+
+async def log_cost(substrate: Substrate, rounds: int) -> tuple[dict[str, Latency], float]:
+    """``exec true`` in one box, plain and recorded in turn, and the median of the differences in seconds."""
+    async with substrate.open(SPEC) as box:
+        with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
+            log = TrajectoryLog.create(Path(folder) / "log", creation(substrate, SPEC))
+            try:
+                actions = {
+                    "plain": executing(box, "true"),
+                    "recorded": executing(RecordedSandbox(Recorder(box, log)), "true"),
+                }
+                found = await alternate(actions, rounds, warm_up=3)
+            finally:
+                log.close()
+    pairs = zip(found["recorded"].seconds, found["plain"].seconds, strict=True)
+    return found, statistics.median(recorded - plain for recorded, plain in pairs)
