@@ -81,8 +81,8 @@ class LlmSandbox:
 
     name = "llm-sandbox"
     note = (
-        "SandboxSession(backend=docker), skip_environment_setup=True since setting up pip needs a network, network_mode "
-        "none, as root, which is its default; `python` is a link mounted beside the image; its close, which waits 10 s "
+        "SandboxSession with Docker, skip_environment_setup=True since pip needs a network, network_mode none, "
+        "as root, which is its default; `python` is a link mounted beside the image; its close, which waits 10 s "
         "for `docker stop`, is replaced by a forced removal and not timed"
     )
 

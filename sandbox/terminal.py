@@ -1,0 +1,167 @@
+"""Programs in a box with this process's standard streams: piped through, or as a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from posttrain.errors import RecipeError, SandboxLost, Unsupported
+from posttrain.protocols import Sandbox, Substrate
+from posttrain.types import ExecResult, SandboxSpec
+from sandbox.client import AgentSandbox
+from sandbox.edge_client import EdgeClient
+from sandbox.edge_server import SOCKET
+from sandbox.streams import Job
+
+CHUNK = 1 << 16
+SHELL = ("bash", "--norc", "-i")
+PROMPT = r"sandbox:\w\$ "
+
+
+async def run(substrate: Substrate, spec: SandboxSpec, argv: Sequence[str], timeout_s: float | None) -> ExecResult:
+    """Run a program in a fresh box, with standard input passed in and output passed on as it comes.
+
+    Ctrl-C interrupts the program; a second one kills it.
+    """
+    async with substrate.open(spec) as box:
+        job = await _agent(box, substrate).spawn(argv, timeout_s=timeout_s)
+        async with job:
+            _forward_input(job)
+            presses = iter((job.interrupt, job.kill))
+            running: set[asyncio.Task[None]] = set()
+
+            def pressed() -> None:
+                running.add(asyncio.create_task(next(presses, job.kill)()))
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, pressed)
+            try:
+                async for chunk in job:
+                    _write(2 if chunk.stream == "stderr" else 1, chunk.data)
+                return await job.wait()
+            finally:
+                asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+
+async def shell(substrate: Substrate, spec: SandboxSpec) -> ExecResult:
+    """An interactive shell in a fresh box, on this process's terminal. ``RecipeError`` when it has none."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise RecipeError("standard input and output are no terminal; use `posttrain sandbox run -- COMMAND`")
+    env = {"TERM": os.environ.get("TERM", "xterm"), "PS1": PROMPT}
+    async with substrate.open(spec) as box:
+        job = await _agent(box, substrate).spawn(SHELL, env=env, tty=_terminal_size())
+        async with job:
+            resizes: set[asyncio.Task[None]] = set()
+
+            def resized() -> None:
+                resizes.add(asyncio.create_task(job.resize(*_terminal_size())))
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resized)
+            with _raw_terminal():
+                _forward_input(job)
+                async for chunk in job:
+                    _write(1, chunk.data)
+            return await job.wait()
+
+
+async def attached_shell(folder: Path, rollout_id: str) -> None:
+    """Commands, one line each, in the box that an edge keeps for a rollout; each is the rollout's next recorded call.
+
+    Raises ``KeyError`` when the rollout has none, ``SandboxLost`` when the box is gone, ``Fenced`` when somebody else
+    takes it over.
+    """
+    async with EdgeClient(folder / SOCKET, retry_s=3.0) as client:
+        box = await client.attach(rollout_id)
+        box.skip_recorded()
+        print(
+            f"box {box.hold.box_id} after {box.hold.num_recorded} recorded calls; whoever held it is fenced off. Each "
+            "line is a command of its own, in the workdir. Ctrl-D leaves the box to the edge.",
+            file=sys.stderr,
+        )
+        while (line := await _ask(f"{rollout_id}$ ")) is not None:
+            if line.strip():
+                result = await box.exec(line)
+                _write(1, result.stdout)
+                _write(2, result.stderr)
+                if not result.ok:
+                    print(describe(result), file=sys.stderr)
+
+
+def describe(result: ExecResult) -> str:
+    """How a program ended and what it took."""
+    number = {"exited": result.exit_code, "signaled": result.signal}.get(result.status.value)
+    ended = result.status.value if number is None else f"{result.status.value} {number}"
+    used = [f"wall {result.wall_s:.2f} s"]
+    used += [f"CPU {result.cpu_s:.2f} s"] if result.cpu_s is not None else []
+    used += [f"memory {result.max_rss_bytes / (1 << 20):.0f} MiB"] if result.max_rss_bytes is not None else []
+    return f"{ended} ({', '.join(used)})"
+
+
+def _agent(box: Sandbox, substrate: Substrate) -> AgentSandbox:
+    if not isinstance(box, AgentSandbox):
+        raise Unsupported(f"substrate {substrate.name!r}: its boxes do not stream; expected one driven by the agent")
+    return box
+
+
+def _forward_input(job: Job) -> None:
+    """Feed the job what this process reads, in a thread that nobody waits for: a read cannot be interrupted."""
+    loop = asyncio.get_running_loop()
+
+    def forward() -> None:
+        with contextlib.suppress(BrokenPipeError, SandboxLost, RuntimeError):
+            while True:
+                try:
+                    data = os.read(0, CHUNK)
+                except OSError:
+                    # There is no standard input.
+                    data = b""
+                asyncio.run_coroutine_threadsafe(job.write_stdin(data, eof=not data), loop).result()
+                if not data:
+                    return
+
+    threading.Thread(target=forward, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    """Every key goes to the box, Ctrl-C included."""
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def _terminal_size() -> tuple[int, int]:
+    size = os.get_terminal_size(1)
+    return size.lines, size.columns
+
+
+async def _ask(prompt: str) -> str | None:
+    """A line from standard input; None at its end. Read in a thread that nobody waits for."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[str | None] = loop.create_future()
+
+    def read() -> None:
+        try:
+            line = input(prompt)
+        except EOFError:
+            line = None
+        loop.call_soon_threadsafe(answer.set_result, line)
+
+    threading.Thread(target=read, daemon=True).start()
+    return await answer
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
