@@ -98,16 +98,30 @@ def list_rows(folder: Path) -> Iterator[Sequence[str]]:
         yield box.box_id, box.rollout_id or "-", box.state, substrate, *counts, age, box.cause
 
 
+def heading(box: KeptBox, log: TrajectoryLog) -> str:
+    """What box a log is about."""
+    data = log.record(0).data
+    spec = data["spec"]
+    state = f"{box.state} ({box.cause})" if box.cause else box.state
+    limits = f"{spec['cpus']:g} CPUs, {spec['memory_mb']} MB memory, {spec['disk_mb']} MB disk"
+    forked = f", forked from {data['forked_from'][0]} at {data['forked_from'][1]}" if "forked_from" in data else ""
+    return (
+        f"box {box.box_id}, rollout {box.rollout_id or '-'}: {state}\n"
+        f"{data['substrate']}, image {data['image'] or '-'}, {limits}{forked}"
+    )
+
+
 def log_rows(log: TrajectoryLog) -> Iterator[tuple[Sequence[str], Operation | None]]:
-    """A table of what happened: its heading, then a row for each call and each other record, with the call."""
+    """A table of what happened after CREATE: its heading, then a row for each call, with it, and each other record."""
     yield ("seq", "time", "kind", "request", "outcome", "took", "out", "err"), None
     by_seq = {operation.seq: operation for operation in log.operations}
-    for seq in range(len(log)):
+    for seq in range(1, len(log)):
         record = log.record(seq)
         if record.kind is RecordKind.INTENT:
             yield _call_row(log, record, by_seq[seq]), by_seq[seq]
         elif record.kind is not RecordKind.RESULT:
-            yield (str(seq), _clock(record), record.kind.value, _about(record), "", "", "", ""), None
+            about = ", ".join(f"{key} {value}" for key, value in record.data.items())
+            yield (str(seq), _clock(record), record.kind.value, about, "", "", "", ""), None
 
 
 def _call_row(log: TrajectoryLog, intent: Record, operation: Operation) -> Sequence[str]:
@@ -123,7 +137,7 @@ def _call_row(log: TrajectoryLog, intent: Record, operation: Operation) -> Seque
         done = outcome["exec"]
         return (*start, _status(done), f"{done['wall_s']:.3f} s", _size(done["stdout"]), _size(done["stderr"]))
     value = outcome["value"]
-    return (*start, f"ok, {len(value)} names" if isinstance(value, list) else "ok", took, _size(value), "")
+    return (*start, f"ok, files: {len(value)}" if isinstance(value, list) else "ok", took, _size(value), "")
 
 
 def outputs(log: TrajectoryLog, operation: Operation) -> Iterator[tuple[str, bytes]]:
@@ -162,19 +176,9 @@ def _request(kind: str, request: Mapping[str, Any]) -> str:
     if kind == "exec":
         command = request["command"]
         text = command if isinstance(command, str) else shlex.join(command)
-        return text.replace("\n", "\\n") + (f"  < {_size(request['stdin'])}" if request["stdin"] else "")
+        return text + (f"  < {_size(request['stdin'])}" if request["stdin"] else "")
     written = f"  < {_size(request['data'])}" if "data" in request else ""
     return f"{request['path']}{written}"
-
-
-def _about(record: Record) -> str:
-    data = record.data
-    if record.kind is not RecordKind.CREATE:
-        return ", ".join(f"{key} {value}" for key, value in data.items())
-    spec = data["spec"]
-    limits = f"{spec['cpus']:g} CPUs, {spec['memory_mb']} MB memory, {spec['disk_mb']} MB disk"
-    forked = f", forked from {data['forked_from'][0]} at {data['forked_from'][1]}" if "forked_from" in data else ""
-    return f"{data['substrate']}, image {data['image'] or '-'}, {limits}{forked}"
 
 
 def _status(done: Mapping[str, Any]) -> str:
