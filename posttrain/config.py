@@ -139,8 +139,8 @@ class Distill(Value):
     """Divides both logits."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
-    loss_chunk_tokens: Positive = 512
-    """Loss positions per [tokens x vocabulary] tile."""
+    loss_chunk_tokens: Positive | None = None
+    """Loss positions per [tokens x vocabulary] tile; None takes as many as fill 256 MiB, or 1 GiB on a GPU."""
     save_steps: Positive = 25
 
 

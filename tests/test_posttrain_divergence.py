@@ -6,8 +6,10 @@ import pytest
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from posttrain.divergence import reverse_kl, reverse_kl_sum
+from posttrain.divergence import cpu_tiles, reverse_kl, reverse_kl_sum
+from posttrain.divergence.cpu_tiles import CpuTiles
 from posttrain.divergence.reference import reverse_kl_reference
+from posttrain.divergence.triton_tiles import TritonTiles
 
 N, V, D, E = 23, 57, 8, 12
 
@@ -203,3 +205,83 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         reverse_kl_sum(hidden, head, teacher_hidden, teacher_head, weights_N=torch.ones(N - 1))
     with pytest.raises(ValueError, match="temperature"):
         reverse_kl(hidden, head, teacher_hidden, teacher_head, temperature=0.0)
+
+
+def half_precision_case(name: str, dtype: torch.dtype, device: str = "cpu") -> Case:
+    """Half-precision inputs the kernels take: widths in eights, and sizes that no block divides."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vocabulary = 300
+    hidden, head = normal(70, 24), 0.3 * normal(vocabulary, 24)
+    teacher_hidden, teacher_head = normal(70, 40), 0.3 * normal(vocabulary, 40)
+    if name == "shifted":  # a constant between the two models' logits, which no softmax sees
+        hidden[:, 0], head[:, 0] = 4.0, 8.0
+    elif name == "peaked":
+        hidden *= 12
+    elif name == "identical":
+        teacher_hidden, teacher_head = hidden.clone(), head.clone()
+    return tuple(tensor.to(device, dtype) for tensor in (hidden, head, teacher_hidden, teacher_head))  # type: ignore[return-value]
+
+
+def check_tiles(kind: type[TritonTiles] | type[CpuTiles], case: Case, temperature: float, tolerance: float) -> None:
+    hidden, head, teacher_hidden, teacher_head = case
+    weights = weights_for(case).to(hidden.device)
+    want_kl = reverse_kl_reference(*case, temperature=temperature)
+    logits = (hidden.double() @ head.double().T).requires_grad_()
+    eye = torch.eye(len(head), dtype=torch.float64, device=hidden.device)
+    by_logits = reverse_kl_reference(logits, eye, teacher_hidden, teacher_head, temperature=temperature)
+    (want_gradient,) = torch.autograd.grad((by_logits * weights).sum(), logits)
+    tiles = kind(len(hidden) + 5, head, teacher_head)
+
+    kl, gradient = tiles.kl_and_logit_gradient(hidden, teacher_hidden, weights_C=weights, temperature=temperature)
+
+    assert gradient is not None
+    # float32 sums: logits here go up to some hundreds.
+    torch.testing.assert_close(kl.double(), want_kl, rtol=1e-4, atol=2e-5)
+    # Relative to the gradient, or to what one wrong token would weigh where there is none.
+    size = max(want_gradient.norm().item(), weights.norm().item() / 100)
+    assert (gradient.double() - want_gradient).norm().item() < tolerance * size
+    few = hidden[:3], teacher_hidden[:3]
+    again, no_gradient = tiles.kl_and_logit_gradient(*few, weights_C=None, temperature=temperature)
+    assert no_gradient is None
+    torch.testing.assert_close(again, kl[:3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("name", ["random", "shifted", "peaked", "identical"])
+def test_triton_tiles_match_float64_logits(name: str, temperature: float) -> None:
+    """On a GPU if there is one, and otherwise in Triton's interpreter, whose products cannot be of bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_tiles(TritonTiles, half_precision_case(name, torch.float16, device), temperature, 1e-3)
+
+
+@pytest.mark.skipif(not cpu_tiles.is_available(), reason="needs a CPU with AVX-512 for bfloat16, and a C++ compiler")
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("name", ["random", "shifted", "peaked", "identical"])
+def test_cpu_tiles_match_float64_logits(name: str, temperature: float) -> None:
+    check_tiles(CpuTiles, half_precision_case(name, torch.bfloat16), temperature, 4e-3)
+
+
+def test_a_state_that_is_not_a_number_is_not_hidden() -> None:
+    case = half_precision_case("random", torch.bfloat16)
+    case[0][4, 0] = torch.nan
+    case[2][7, 0] = torch.inf
+    _, kl = reverse_kl_sum(*case)
+    assert (~kl.isfinite()).nonzero().flatten().tolist() == [4, 7]
+
+
+def test_without_kernels_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = half_precision_case("random", torch.bfloat16)
+    found = []
+    for available in (True, False):
+        if not available:
+            monkeypatch.setattr(cpu_tiles, "is_available", lambda: False)
+        student = [tensor.clone().requires_grad_() for tensor in case[:2]]
+        loss, kl = reverse_kl_sum(*student, *case[2:], chunk_tokens=32)
+        found.append((kl, *torch.autograd.grad(loss, student)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert ((one - other).norm() / other.norm()).item() < 1e-2

@@ -54,10 +54,15 @@ def tiny_llama(*, seed: int = 0, width: int = 32, tied: bool = True) -> LlamaFor
     return LlamaForCausalLM(config)
 
 
+def token_ids(sample: Sample, model: PreTrainedModel) -> torch.Tensor:
+    """[1, T], where the model is: a learner takes its model to the GPU if there is one."""
+    return torch.tensor(sample.token_ids[None].astype(np.int64), device=model.device)
+
+
 def token_logprobs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     """The obvious way: all logits of one unpadded sequence."""
-    ids = torch.tensor(sample.token_ids[None].astype(np.int64))
-    logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    ids = token_ids(sample, model)
+    logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
     return logprobs[torch.tensor(sample.loss_mask[1:])]
 
 
@@ -231,8 +236,7 @@ def test_distillation_approaches_teachers_of_another_width() -> None:
 
 
 def slow_kl(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample) -> torch.Tensor:
-    ids = torch.tensor(sample.token_ids[None].astype(np.int64))
-    p, q = (model(ids).logits[0, :-1].log_softmax(-1) for model in (student, teacher))
+    p, q = (model(token_ids(sample, model)).logits[0, :-1].log_softmax(-1).cpu() for model in (student, teacher))
     return (p.exp() * (p - q)).sum(-1)[torch.tensor(sample.loss_mask[1:])]
 
 
@@ -299,7 +303,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 def test_the_reference_is_the_model_at_the_start(lora: Lora | None) -> None:
     samples = make_samples(tiny_llama())
     learner = make_learner(tiny_llama(), lora=lora, keep_reference=True)
-    batch = PackedBatch.collate(samples)
+    batch = PackedBatch.collate(samples).to(learner.device)
     at_start = learner.reference(batch).hidden_ND
     objective = GrpoObjective(config=GRPO(beta=0.1), max_completion_tokens=24, reference=learner.reference)
     kls = [learner.update(samples, objective)["kl_ref"] for _ in range(4)]
@@ -323,7 +327,7 @@ def test_adapters_train_alone_and_merge_into_plain_weights() -> None:
     learner = make_learner(model, lora=Lora(rank=4))
     for _ in range(4):
         learner.update(samples, grpo())
-    weights = learner.weights(torch.float32)
+    weights = {name: tensor.cpu() for name, tensor in learner.weights(torch.float32).items()}
     assert set(weights) == set(start)
     changed = {name for name in start if not torch.equal(weights[name], start[name])}
     assert changed == {name for name in start if "proj" in name}
@@ -331,7 +335,7 @@ def test_adapters_train_alone_and_merge_into_plain_weights() -> None:
     merged.load_state_dict(weights, strict=False)
     model.eval()
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(ids).logits, model(ids.to(model.device)).logits.cpu(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4, dropout=0.2)])
@@ -379,7 +383,7 @@ def test_the_final_checkpoint_is_what_the_engine_saw(tmp_path: Path) -> None:
         weights = learner.weights(expected)
         assert set(weights) == {name for name, _ in loaded.named_parameters()}
         for name, parameter in loaded.named_parameters():
-            torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=0)
+            torch.testing.assert_close(parameter.detach(), weights[name].cpu(), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(tmp_path / "final").vocab_size == VOCABULARY
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 

@@ -6,24 +6,35 @@ p its distribution and q the teacher's,
     KL        = sum_v p_v (log p_v - log q_v)
     dKL/dz_v  = p_v (log p_v - log q_v - KL)
 
-so that logits are needed only a tile of ``chunk_tokens`` positions at a time, and never kept. Two float32 tiles of
-[chunk_tokens, V] are alive at once (three for a moment), besides float32 copies of half-precision heads on the CPU.
+so that logits are needed only a tile of ``chunk_tokens`` positions at a time, and never kept. Half-precision models go
+through ``triton_tiles`` on a GPU, and bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4
+bytes per entry of one [chunk_tokens, V] tile. Otherwise two float32 tiles are alive at once (three for a moment),
+besides float32 copies of half-precision heads on the CPU.
 
-Precision: the arithmetic on logits, and every sum over tiles, is float32. Logits of half-precision inputs are
-never rounded to half precision: two models that agree then differ by rounding noise of about 1e-3 nats, as much
-as a nearly converged student is away from its teacher. The two gradient products run in the dtype of the
-student's hidden states.
+Precision: the arithmetic on logits, and every sum over tiles, is float32. The KL of half-precision inputs never sees
+a logit rounded to half precision: two models that agree would differ by rounding noise of about 1e-3 nats, as much as
+a nearly converged student is away from its teacher. The two gradient products run in the dtype of the student's
+hidden states.
 
 Shape letters: ``N`` positions, ``V`` vocabulary, ``D`` student width, ``E`` teacher width, ``C`` positions of a tile.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from posttrain.divergence.cpu_tiles import CpuTiles
+    from posttrain.divergence.triton_tiles import TritonTiles
+
+_HALF = (torch.bfloat16, torch.float16)
+_CPU_TILE_BYTES, _GPU_TILE_BYTES = 2**28, 2**30
+_MIN_CHUNK = 64
 
 
 def reverse_kl_sum(
@@ -34,14 +45,15 @@ def reverse_kl_sum(
     *,
     weights_N: torch.Tensor | None = None,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss ``sum_n weights_n KL(student_n || teacher_n)`` in nats, and each position's KL without its weight.
 
     The loss is a float32 scalar to call ``backward`` on; the KLs are float32 [N] and detached. The gradients with
     respect to the student's hidden states and head are computed in the forward pass, while the logits exist, so
     that logits are computed once instead of twice. This is the one to train with. No gradient reaches the teacher
-    or the weights. Missing weights are ones.
+    or the weights. Missing weights are ones. ``chunk_tokens`` None takes tiles of 256 MiB on the CPU and of 1 GiB on a
+    GPU.
 
     Raises ``ValueError`` when shapes do not fit together.
     """
@@ -60,7 +72,7 @@ def reverse_kl(
     teacher_head_VE: torch.Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
     weights_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``weights_n KL(student_n || teacher_n)`` of each position in nats, float32 [N], differentiable.
@@ -86,10 +98,10 @@ class _Inputs:
     teacher_hidden_NE: torch.Tensor
     teacher_head_VE: torch.Tensor
     temperature: float
-    chunk_tokens: int
+    chunk_tokens: int | None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or self.chunk_tokens < 1:
+        if not self.temperature > 0 or (self.chunk_tokens is not None and self.chunk_tokens < 1):
             raise ValueError(
                 f"reverse_kl: temperature = {self.temperature}, chunk_tokens = {self.chunk_tokens}; "
                 "expected a temperature > 0 and at least one token per chunk"
@@ -108,6 +120,37 @@ class _Inputs:
                     f"reverse_kl: the student has {found[0]} {what} and the teacher {found[1]}; expected the same "
                     "number, since position and token id must mean the same on both sides"
                 )
+
+    def fused_tiles(self) -> type[TritonTiles] | type[CpuTiles] | None:
+        """The kernels that take these inputs on this machine, if any."""
+        matrices = (*self.side("student"), *self.side("teacher"))
+        if not all(matrix.is_contiguous() for matrix in matrices):
+            return None
+        if all(matrix.is_cuda for matrix in matrices):
+            same = all(hidden.dtype == head.dtype for hidden, head in (self.side("student"), self.side("teacher")))
+            half = all(matrix.dtype in _HALF for matrix in matrices)
+            # Bulk copies want rows that begin at multiples of 16 bytes.
+            aligned = all(m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+            if same and half and aligned and importlib.util.find_spec("triton"):
+                from posttrain.divergence.triton_tiles import TritonTiles
+
+                return TritonTiles
+        elif all(not m.is_cuda and m.dtype == torch.bfloat16 and m.shape[1] % 2 == 0 for m in matrices):
+            from posttrain.divergence.cpu_tiles import CpuTiles, is_available
+
+            return CpuTiles if is_available() else None
+        return None
+
+    def rows(self, bytes_per_entry: int) -> Iterator[slice]:
+        """The positions of each tile."""
+        count = len(self.student_hidden_ND)
+        size = self.chunk_tokens
+        if size is None:
+            tile_bytes = _GPU_TILE_BYTES if self.student_head_VD.is_cuda else _CPU_TILE_BYTES
+            size = max(
+                _MIN_CHUNK, tile_bytes // (bytes_per_entry * len(self.student_head_VD)) // _MIN_CHUNK * _MIN_CHUNK
+            )
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def side(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and head of ``student`` or ``teacher``."""
@@ -147,7 +190,7 @@ class _ReverseKLSum(torch.autograd.Function):
         hidden_ND, head_VD = ctx.saved_tensors
         return (
             None if hidden_ND is None else hidden_ND * grad_loss.to(hidden_ND.dtype),
-            None if head_VD is None else (head_VD * grad_loss).to(ctx.head_dtype),
+            None if head_VD is None else torch.mul(head_VD, grad_loss, out=head_VD.new_empty(0, dtype=ctx.head_dtype)),
             None,
             None,
             None,
@@ -182,30 +225,60 @@ def _kl_and_gradients(
     grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
     grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
     head_cast_VD = head_VD.to(hidden_ND.dtype) if wants_hidden else None
+    if not (wants_hidden or wants_head):
+        weights_N = None
     # Under autocast the float32 products below would silently become half precision.
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for rows, log_p_CV, log_q_CV in _log_prob_tiles(inputs):
-            # log_p_CV becomes p, and log_q_CV the log-ratio and then the gradient, each in its own memory.
-            log_ratio_CV = log_q_CV.neg_().add_(log_p_CV)
-            p_CV = log_p_CV.exp_()
-            kl_N[rows] = torch.linalg.vecdot(p_CV, log_ratio_CV)
-            if weights_N is None or not (wants_hidden or wants_head):
+        for rows, kl_C, grad_CV in _tiles(inputs, weights_N):
+            kl_N[rows] = kl_C
+            if grad_CV is None:
                 continue
-            grad_CV = log_ratio_CV.sub_(kl_N[rows, None]).mul_(p_CV)
-            grad_CV.mul_(weights_N[rows, None].float() / inputs.temperature)
-            grad_cast_CV = grad_CV.to(hidden_ND.dtype)
             if grad_hidden_ND is not None and head_cast_VD is not None:
-                torch.mm(grad_cast_CV, head_cast_VD, out=grad_hidden_ND[rows])
+                torch.mm(grad_CV, head_cast_VD, out=grad_hidden_ND[rows])
             if grad_head_VD is not None:
-                grad_head_VD += _product(grad_cast_CV.T, hidden_ND[rows])
+                _add_product(grad_head_VD, grad_CV.T, hidden_ND[rows])
     return kl_N, _Gradients(grad_hidden_ND, grad_head_VD)
+
+
+Tile = tuple[slice, torch.Tensor, torch.Tensor | None]
+"""Rows, their KL [C], and the gradient of the weighted KLs' sum by the student's logits [C, V] if there are weights."""
+
+
+def _tiles(inputs: _Inputs, weights_N: torch.Tensor | None) -> Iterator[Tile]:
+    kind = inputs.fused_tiles()
+    if kind is None:
+        yield from _unfused_tiles(inputs, weights_N)
+        return
+    tiles = None
+    for rows in inputs.rows(bytes_per_entry=4):
+        tiles = tiles or kind(rows.stop - rows.start, inputs.student_head_VD, inputs.teacher_head_VE)
+        kl_C, grad_CV = tiles.kl_and_logit_gradient(
+            inputs.student_hidden_ND[rows].detach(),
+            inputs.teacher_hidden_NE[rows].detach(),
+            weights_C=None if weights_N is None else weights_N[rows].contiguous(),
+            temperature=inputs.temperature,
+        )
+        yield rows, kl_C, grad_CV
+
+
+def _unfused_tiles(inputs: _Inputs, weights_N: torch.Tensor | None) -> Iterator[Tile]:
+    for rows, log_p_CV, log_q_CV in _log_prob_tiles(inputs):
+        # log_p_CV becomes p, and log_q_CV the log-ratio and then the gradient, each in its own memory.
+        log_ratio_CV = log_q_CV.neg_().add_(log_p_CV)
+        p_CV = log_p_CV.exp_()
+        kl_C = torch.linalg.vecdot(p_CV, log_ratio_CV)
+        if weights_N is None:
+            yield rows, kl_C, None
+            continue
+        grad_CV = log_ratio_CV.sub_(kl_C[:, None]).mul_(p_CV)
+        grad_CV.mul_(weights_N[rows, None] / inputs.temperature)
+        yield rows, kl_C, grad_CV.to(inputs.student_hidden_ND.dtype)
 
 
 def _log_prob_tiles(inputs: _Inputs) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Rows, and the float32 log-probabilities [C, V] of student and teacher there, tile by tile."""
     heads_VD = {side: _logit_head(*inputs.side(side)) for side in ("student", "teacher")}
-    for start in range(0, len(inputs.student_hidden_ND), inputs.chunk_tokens):
-        rows = slice(start, start + inputs.chunk_tokens)
+    for rows in inputs.rows(bytes_per_entry=8):
         tiles = []
         for side, head in heads_VD.items():
             hidden = inputs.side(side)[0].detach()[rows].to(head.dtype)
@@ -218,15 +291,23 @@ def _log_prob_tiles(inputs: _Inputs) -> Iterator[tuple[slice, torch.Tensor, torc
 
 def _logit_head(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """The head in the dtype its logits are computed in: half precision only where the product is float32."""
-    half = head.is_cuda and hidden.dtype == head.dtype and head.dtype in (torch.bfloat16, torch.float16)
+    half = head.is_cuda and hidden.dtype == head.dtype and head.dtype in _HALF
     return head.detach() if half else head.detach().float()
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``; on a GPU half-precision factors give a float32 product, which the CPU kernels cannot."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.is_cuda and a.dtype in _HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add ``a @ b`` to the float32 ``total``; on a GPU in one pass over it."""
+    if a.is_cuda and a.dtype in _HALF:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _checked_weights(weights_N: torch.Tensor | None, student_hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Attention over packed rows: many sequences in one [1, T] row, without padding and without a [T, T] mask.
 
 The learner switches a model to this implementation and passes the segment lengths as the keyword ``segment_lengths``,
-which transformers hands down to every attention layer. Each segment attends causally to itself alone. Neighbours of
-equal length share one call of ``scaled_dot_product_attention``, so packing sorts by length. The same code runs
-on CPU and GPU, since the kernel behind the call is PyTorch's choice.
+which transformers hands down to every attention layer. Each segment attends causally to itself alone. On a GPU in half
+precision all segments are one call of PyTorch's variable-length flash attention. Elsewhere neighbours of equal length
+share one call of ``scaled_dot_product_attention``, so packing sorts by length.
 
 Not covered: attention sinks, soft-capped scores, position biases, and windows shorter than a segment. Those raise.
 
@@ -12,7 +12,8 @@ Shape letters: ``B`` batch (always 1), ``H`` query heads, ``K`` key heads, ``T``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from posttrain.errors import RecipeError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    _VARLEN_ARGUMENTS: Mapping[str, Any] = {}
+else:
+    # PyTorch 2.11 takes fewer key heads than query heads without being asked, 2.13 only with this argument.
+    _VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters
 
 PACKED_ATTENTION = "posttrain_packed"
 
@@ -36,6 +45,7 @@ def packed_attention(  # noqa: PLR0913 - transformers prescribes the signature
     attention_mask: torch.Tensor | None,
     *,
     segment_lengths: Sequence[int] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -44,6 +54,7 @@ def packed_attention(  # noqa: PLR0913 - transformers prescribes the signature
     """Causal attention within each segment of a packed row; returns ([1, T, H, D], None).
 
     The signature is that of transformers' ``AttentionInterface``. Without ``segment_lengths`` the row is one segment.
+    ``cu_seqlens`` holds the same lengths summed up, [segments + 1] int32 on the row's device, for the GPU's kernel.
     Raises ``ValueError`` for a batch of several rows or lengths that do not add up to T, and ``RecipeError`` for
     attention variants this implementation does not compute.
     """
@@ -56,6 +67,8 @@ def packed_attention(  # noqa: PLR0913 - transformers prescribes the signature
             "add up to it, and no mask"
         )
     _refuse_variants(kwargs, max(lengths), sliding_window)
+    if cu_seqlens is not None and dropout == 0.0 and _takes_varlen(query_BHTD):
+        return _attend_varlen(query_BHTD, key_BKTD, value_BKTD, cu_seqlens, max(lengths), scaling), None
     outputs = [
         _attend(run, dropout=dropout, scaling=scaling)
         for run in _runs(lengths, query_BHTD[0], key_BKTD[0], value_BKTD[0])
@@ -76,6 +89,41 @@ def use_packed_attention(model: PreTrainedModel) -> None:
             "needs an architecture that does, such as Llama, Qwen or Mistral"
         )
     model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def _takes_varlen(query_BHTD: torch.Tensor) -> bool:
+    return (
+        query_BHTD.is_cuda
+        and "window_size" in _VARLEN_ARGUMENTS
+        and _compute_dtype(query_BHTD) in (torch.bfloat16, torch.float16)
+        and query_BHTD.shape[-1] % 8 == 0
+        and query_BHTD.shape[-1] <= 256
+    )
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What autocast would compute in; it does not know the variable-length kernel."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _attend_varlen(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One kernel call for all segments; returns [1, T, H, D]."""
+    dtype = _compute_dtype(query_BHTD)
+    query, key, value = (row[0].transpose(0, 1).to(dtype) for row in (query_BHTD, key_BKTD, value_BKTD))
+    arguments: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in _VARLEN_ARGUMENTS:
+        arguments["enable_gqa"] = key.shape[1] != query.shape[1]
+    output = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **arguments)
+    assert isinstance(output, torch.Tensor), "only asked for with return_aux is there more"
+    return output[None]
 
 
 Run = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -87,6 +87,7 @@ class Policy:
                 input_ids=batch.token_ids[None],
                 position_ids=batch.position_ids[None],
                 segment_lengths=batch.segment_lengths,
+                cu_seqlens=batch.cu_seqlens,
                 use_cache=False,
             )
         hidden_ND = output.last_hidden_state[0, batch.loss_positions]
