@@ -173,8 +173,8 @@ class SweRex:
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[float]:
         deployment = self._deployment()
-        with _network_of(os.getpid()):
-            # Entered while the deployment waits for its server; left at the end of the with.
+        with _own_network_afterwards():
+            # The deployment tries to connect until it can, which is when this task has found and entered the box.
             entering = asyncio.create_task(self._enter_when_there(deployment))
             started = time.perf_counter()
             try:
@@ -183,10 +183,13 @@ class SweRex:
                 entering.cancel()
             took = time.perf_counter() - started
         self._running = deployment.runtime
+        pid = self._pid
         try:
             yield took
         finally:
-            self._docker.remove_container(deployment.container_name, force=True)
+            with _own_network_afterwards():
+                _enter_network_of(pid)
+                await deployment.stop()
 
     async def _enter_when_there(self, deployment: Any) -> None:
         while True:
@@ -206,7 +209,8 @@ class SweRex:
     async def _execute(self, argv: list[str], expected: str) -> float:
         from swerex.runtime.abstract import Command
 
-        with _network_of(self._pid):
+        with _own_network_afterwards():
+            _enter_network_of(self._pid)
             started = time.perf_counter()
             done = await self._running.execute(Command(command=argv))
             took = time.perf_counter() - started
@@ -220,29 +224,26 @@ def _expect(code: int, output: str, expected: str) -> None:
 
 
 @contextlib.contextmanager
-def _network_of(pid: int) -> Iterator[None]:
-    """The calling thread's new sockets belong to the network namespace of a process. Needs root."""
+def _own_network_afterwards() -> Iterator[None]:
+    """Where the calling thread may enter other network namespaces, which then hold the sockets it makes."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _enter_network_of(pid)
         yield
     finally:
-        _set_network(own)
-        os.close(own)
+        _enter(own)
 
 
 def _enter_network_of(pid: int) -> None:
-    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    _enter(os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _enter(namespace: int) -> None:
+    """Also closes the descriptor. Needs root."""
     try:
-        _set_network(fd)
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns into the network namespace of a box")
     finally:
-        os.close(fd)
-
-
-def _set_network(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "setns into the network namespace of a box")
+        os.close(namespace)
 
 
 @contextlib.contextmanager

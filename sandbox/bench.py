@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -49,19 +50,20 @@ class Latency:
 
 
 async def alternate(
-    actions: Mapping[str, Action], rounds: int, *, warm_up: int = 1, pause_s: float = 0.0
+    actions: Mapping[str, Action], rounds: int, *, in_a_row: int = 1, warm_up: int = 1, pause_s: float = 0.0
 ) -> dict[str, Latency]:
-    """Every action once per round, so that whatever else the machine does hits all of them alike.
+    """Every action in turn, so that whatever else the machine does hits all of them alike.
 
-    The pause before each lets the one before it come to rest: a daemon clears up after it has answered.
+    The pause before an action lets the one before it come to rest, since a daemon clears up after it has answered, and
+    doing it ``in_a_row`` keeps the caches that one left cold from being most of what is measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(warm_up + rounds):
         for name, action in actions.items():
             await asyncio.sleep(pause_s)
-            took = await action()
+            took = [await action() for _ in range(in_a_row)]
             if number >= warm_up:
-                seconds[name].append(took)
+                seconds[name] += took
     return {name: Latency(tuple(values)) for name, values in seconds.items()}
 
 
@@ -136,18 +138,12 @@ async def measure(substrate: Substrate, *, rounds: int = 20) -> dict[str, Latenc
     return found
 
 
-async def log_cost(substrate: Substrate, rounds: int) -> tuple[dict[str, Latency], float]:
-    """``exec true`` in one box, plain and recorded in turn, and the median of the differences in seconds."""
+async def log_cost(substrate: Substrate, count: int) -> dict[str, Latency]:
+    """``exec true`` in one box, ``plain`` and ``recorded`` in turn."""
     async with substrate.open(SPEC) as box:
         with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as folder:
             log = TrajectoryLog.create(Path(folder) / "log", creation(substrate, SPEC))
-            try:
-                actions = {
-                    "plain": executing(box, "true"),
-                    "recorded": executing(RecordedSandbox(Recorder(box, log)), "true"),
-                }
-                found = await alternate(actions, rounds, warm_up=3)
-            finally:
-                log.close()
-    pairs = zip(found["recorded"].seconds, found["plain"].seconds, strict=True)
-    return found, statistics.median(recorded - plain for recorded, plain in pairs)
+            with contextlib.closing(log):
+                recorded = RecordedSandbox(Recorder(box, log))
+                actions = {"plain": executing(box, "true"), "recorded": executing(recorded, "true")}
+                return await alternate(actions, count // 10, in_a_row=10)
