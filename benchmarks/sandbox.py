@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import resource
 import sys
@@ -105,8 +106,8 @@ async def compare_commands(peers: list[Peer], size: Size, results: Results) -> N
             with unless_it_fails(peer.name, results):
                 await stack.enter_async_context(peer.opened())
                 await peer.execute("true")
-                snippets[peer.name] = lambda peer=peer: peer.python(SNIPPET, SNIPPET_OUTPUT.decode())
-                commands[peer.name] = lambda peer=peer: peer.execute("true")
+                snippets[peer.name] = functools.partial(peer.python, SNIPPET, SNIPPET_OUTPUT.decode())
+                commands[peer.name] = functools.partial(peer.execute, "true")
         found = await alternate(snippets, size.snippets // IN_A_ROW, in_a_row=IN_A_ROW, pause_s=PAUSE_S)
         results.latencies["python snippet, container"] = found
         results.add("python_snippet_ms", found[OURS].p50_ms, goal="<= 5")
@@ -121,7 +122,7 @@ async def compare_opening(peers: list[Peer], size: Size, results: Results) -> No
     actions: dict[str, Action] = {OURS: opening(Container())}
     for peer in peers:
         if peer.name not in results.missing:
-            actions[peer.name] = lambda peer=peer: only_opened(peer)
+            actions[peer.name] = functools.partial(only_opened, peer)
     results.latencies["cold start, container"] = found = await alternate(actions, size.opens)
     results.add("container_cold_ms", found[OURS].p50_ms, goal="<= 250")
     for name, metric, goal in (

@@ -51,7 +51,7 @@ def _added_commands() -> dict[str, importlib.metadata.EntryPoint]:
     return {point.name: point for point in importlib.metadata.entry_points(group="posttrain.commands")}
 
 
-def _parser(added: Iterable[str]) -> argparse.ArgumentParser:
+def _parser(added: Iterable[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="posttrain", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
