@@ -1,4 +1,4 @@
-"""``posttrain sandbox doctor | run | shell | ps | log | replay | bench``. The only module here that prints."""
+"""``posttrain sandbox doctor | run | shell | ps | log | replay | bench``: boxes and their logs from the command line."""
 
 from __future__ import annotations
 
@@ -118,6 +118,8 @@ def _doctor(_: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from sandbox import terminal
 
+    if arguments.timeout is not None and arguments.timeout <= 0:
+        raise RecipeError(f"--timeout {arguments.timeout:g}: expected a number of seconds > 0")
     substrate = _substrate(arguments.substrate)
     result = asyncio.run(terminal.run(substrate, _spec(arguments), arguments.program, arguments.timeout))
     return _ended(result)
@@ -160,9 +162,9 @@ def _spec(arguments: argparse.Namespace) -> SandboxSpec:
         if not colon or not local or not path:
             raise RecipeError(f"--file {argument}: expected LOCAL:PATH, such as data.csv:in/data.csv")
         files[path] = Path(local).read_bytes()
-    limits = {} if arguments.memory is None else {"memory_mb": arguments.memory}
     if arguments.memory is not None and arguments.memory < 1:
         raise RecipeError(f"--memory {arguments.memory}: expected a number of MB >= 1")
+    limits = {} if arguments.memory is None else {"memory_mb": arguments.memory}
     return SandboxSpec(files=files, **limits)
 
 

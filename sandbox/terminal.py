@@ -35,11 +35,10 @@ async def run(substrate: Substrate, spec: SandboxSpec, argv: Sequence[str], time
         job = await _agent(box, substrate).spawn(argv, timeout_s=timeout_s)
         async with job:
             _forward_input(job)
-            presses = iter((job.interrupt, job.kill))
-            running: set[asyncio.Task[None]] = set()
+            presses: list[asyncio.Task[None]] = []
 
             def pressed() -> None:
-                running.add(asyncio.create_task(next(presses, job.kill)()))
+                presses.append(asyncio.create_task(job.kill() if presses else job.interrupt()))
 
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, pressed)
             try:
@@ -58,10 +57,10 @@ async def shell(substrate: Substrate, spec: SandboxSpec) -> ExecResult:
     async with substrate.open(spec) as box:
         job = await _agent(box, substrate).spawn(SHELL, env=env, tty=_terminal_size())
         async with job:
-            resizes: set[asyncio.Task[None]] = set()
+            resizes: list[asyncio.Task[None]] = []
 
             def resized() -> None:
-                resizes.add(asyncio.create_task(job.resize(*_terminal_size())))
+                resizes.append(asyncio.create_task(job.resize(*_terminal_size())))
 
             asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resized)
             with _raw_terminal():

@@ -172,6 +172,7 @@ def test_run_tells_apart_how_a_program_ended(program, options, code, told):
         (("--substrate", "nonsense", "--", "true"), b"substrate 'nonsense': expected process, container"),
         (("--file", "x", "--", "true"), b"--file x: expected LOCAL:PATH"),
         (("--file", "/etc/hostname:../x", "--", "true"), b"path = '../x': expected a path relative to the workdir"),
+        (("--timeout", "0", "--", "true"), b"--timeout 0: expected a number of seconds > 0"),
         (("--memory", "0", "--", "true"), b"--memory 0: expected a number of MB >= 1"),
     ],
 )
