@@ -1,4 +1,4 @@
-"""``posttrain sandbox doctor | run | shell | ps | log | replay | bench``: boxes and their logs from the command line."""
+"""``posttrain sandbox doctor | run | shell | ps | log | replay | bench``, the command line of boxes and their logs."""
 
 from __future__ import annotations
 

@@ -172,8 +172,8 @@ class AgentSandbox:
             raise KeyError(op_id) from error
 
     async def acknowledge(self, op_id: str) -> None:
-        """Let the box forget a result. Unknown names are ignored. The box takes one frame after the other: no wait."""
-        await self.tell(agent.ACKNOWLEDGE, agent.pack(op_id))
+        """Let the box forget a result. Unknown names are ignored."""
+        await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
 
     async def call(
         self,
