@@ -169,38 +169,38 @@ def _spec(arguments: argparse.Namespace) -> SandboxSpec:
 
 
 def _ps(arguments: argparse.Namespace) -> int:
-    from sandbox.kept import list_rows
+    from sandbox.history import list_rows
 
     _print_table(list_rows(arguments.dir))
     return 0
 
 
 def _log(arguments: argparse.Namespace) -> int:
-    from sandbox import kept
+    from sandbox import history
     from sandbox.log import TrajectoryLog
 
-    box = kept.find(arguments.dir, arguments.box)
+    box = history.find(arguments.dir, arguments.box)
     with contextlib.closing(TrajectoryLog.read(box.folder)) as log:
         if arguments.json:
             for seq in range(len(log)):
-                print(json.dumps(kept.as_json(log, seq)))
+                print(json.dumps(history.as_json(log, seq)))
             return 0
-        print(kept.heading(box, log))
-        rows, operations = zip(*kept.log_rows(log), strict=True)
+        print(history.heading(box, log))
+        rows, operations = zip(*history.log_rows(log), strict=True)
         for line, operation in zip(_table(rows, free=3), operations, strict=True):
             print(line)
             if arguments.full and operation:
-                for stream, data in kept.outputs(log, operation):
+                for stream, data in history.outputs(log, operation):
                     _print_indented(stream, data.decode("utf-8", "backslashreplace"))
     return 0
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from sandbox import kept
+    from sandbox import history
     from sandbox.log import TrajectoryLog
     from sandbox.recorded import replay
 
-    box = kept.find(arguments.dir, arguments.box)
+    box = history.find(arguments.dir, arguments.box)
     with contextlib.closing(TrajectoryLog.read(box.folder)) as log:
         substrate = _substrate(arguments.substrate or log.record(0).data["substrate"])
         report = asyncio.run(replay(log, substrate, upto=arguments.upto))

@@ -133,7 +133,12 @@ def _kvm() -> str:
         raise SandboxUnavailable(
             "/dev/kvm may not be opened (microvm and fullvm emulate the processor instead): usermod -aG kvm $USER"
         )
-    return "/dev/kvm opens; microvm and fullvm use it if a guest that is booted with it reaches its first program"
+    if find_substrate("microvm").capabilities()["accelerator"] != "kvm":
+        raise SandboxUnavailable(
+            "/dev/kvm is there, and no guest starts with it (microvm and fullvm emulate the processor instead): use a "
+            "host that is no virtual machine, or one with nested virtualisation"
+        )
+    return "a guest starts with /dev/kvm"
 
 
 def _program(name: str, users: str, install: str) -> str:

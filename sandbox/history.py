@@ -18,7 +18,7 @@ from sandbox.recorded import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptBox:
+class LoggedBox:
     """One box, open or gone, whose log is in ``folder``."""
 
     box_id: str
@@ -30,7 +30,7 @@ class KeptBox:
     folder: Path
 
 
-def boxes(folder: Path) -> list[KeptBox]:
+def boxes(folder: Path) -> list[LoggedBox]:
     """Those of an edge's folder, of a folder of logs, or the one of a log's folder, oldest first. ``RecipeError``."""
     if (folder / "state.db").exists():
         return list(_boxes_of_edge(folder))
@@ -40,7 +40,7 @@ def boxes(folder: Path) -> list[KeptBox]:
     return sorted(map(_box_of_log, logs), key=lambda box: box.created_s)
 
 
-def find(folder: Path, name: str | None) -> KeptBox:
+def find(folder: Path, name: str | None) -> LoggedBox:
     """The newest box with this id, the beginning of this id, or this rollout. ``RecipeError`` when it is not there."""
     found = boxes(folder)
     if name is None and len(found) == 1:
@@ -52,13 +52,13 @@ def find(folder: Path, name: str | None) -> KeptBox:
     return matching[-1]
 
 
-def _boxes_of_edge(folder: Path) -> Iterator[KeptBox]:
+def _boxes_of_edge(folder: Path) -> Iterator[LoggedBox]:
     with contextlib.closing(sqlite3.connect(f"file:{folder / 'state.db'}?mode=ro", uri=True)) as database:
         rows = database.execute(
             "SELECT box_id, rollout_id, state, cause, created_s FROM boxes ORDER BY rowid"
         ).fetchall()
     for box_id, rollout_id, state, cause, created_s in rows:
-        yield KeptBox(
+        yield LoggedBox(
             box_id=box_id,
             rollout_id=rollout_id,
             state=state,
@@ -68,10 +68,10 @@ def _boxes_of_edge(folder: Path) -> Iterator[KeptBox]:
         )
 
 
-def _box_of_log(folder: Path) -> KeptBox:
+def _box_of_log(folder: Path) -> LoggedBox:
     with contextlib.closing(TrajectoryLog.read(folder)) as log:
         first, ended = log.record(0), log.ended
-    return KeptBox(
+    return LoggedBox(
         box_id=folder.absolute().name,
         rollout_id=first.data.get("rollout_id", ""),
         state={RecordKind.CLOSE: "closed", RecordKind.LOST: "lost"}[ended.kind] if ended else "recorded",
@@ -98,7 +98,7 @@ def list_rows(folder: Path) -> Iterator[Sequence[str]]:
         yield box.box_id, box.rollout_id or "-", box.state, substrate, *counts, age, box.cause
 
 
-def heading(box: KeptBox, log: TrajectoryLog) -> str:
+def heading(box: LoggedBox, log: TrajectoryLog) -> str:
     """What box a log is about."""
     data = log.record(0).data
     spec = data["spec"]
