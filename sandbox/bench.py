@@ -45,7 +45,7 @@ class Latency:
 
     @property
     def p95_ms(self) -> float:
-        """The smallest time that 95 % of the others do not exceed: with less than 20 of them, the largest."""
+        """What 95 % of the times do not exceed; with less than 20 of them, the longest."""
         return 1e3 * sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
 
 
@@ -54,16 +54,18 @@ async def alternate(
 ) -> dict[str, Latency]:
     """Every action in turn, so that whatever else the machine does hits all of them alike.
 
-    The pause before an action lets the one before it come to rest, since a daemon clears up after it has answered, and
-    doing it ``in_a_row`` keeps the caches that one left cold from being most of what is measured.
+    Each is done ``warm_up`` times before that. The pause lets the action before come to rest, since a daemon clears up
+    after it has answered, and doing it ``in_a_row`` keeps the caches that one left cold from being most of what is
+    measured.
     """
+    for action in actions.values():
+        for _ in range(warm_up):
+            await action()
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(warm_up + rounds):
+    for _ in range(rounds):
         for name, action in actions.items():
             await asyncio.sleep(pause_s)
-            took = [await action() for _ in range(in_a_row)]
-            if number >= warm_up:
-                seconds[name] += took
+            seconds[name] += [await action() for _ in range(in_a_row)]
     return {name: Latency(tuple(values)) for name, values in seconds.items()}
 
 
@@ -117,7 +119,7 @@ def warmed(substrate: Substrate) -> Substrate:
     return Function(base=substrate)
 
 
-async def measure(substrate: Substrate, *, rounds: int = 20) -> dict[str, Latency | str]:
+async def measure(substrate: Substrate, *, rounds: int = 12) -> dict[str, Latency | str]:
     """What there is of ``FIGURES``, and why the others are not there. A few seconds where a box takes 0.2 s to open."""
     found: dict[str, Latency | str] = {}
 

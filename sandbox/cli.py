@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "replay":
             command.add_argument("--substrate", help="kind of box (default: the recorded one)")
             command.add_argument("--upto", type=int, metavar="SEQ", help="stop after this call")
-    bench = add("bench", _bench, "Measure how quick boxes are here. Takes about 3 s for each kind.")
+    bench = add("bench", _bench, "Measure how quick boxes are here. Takes about 2 s for each kind, more for machines.")
     bench.add_argument("substrate", nargs="*", help="kinds of box (default: all)")
     return parser
 
