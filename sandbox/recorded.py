@@ -28,8 +28,6 @@ from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox.log import Blob, Operation, RecordKind, TrajectoryLog, encode
 
 IDEMPOTENT = frozenset({"read", "list"})
-USAGE = frozenset({"wall_s", "cpu_s", "max_rss_bytes"})
-"""Parts of a result that differ from one time to the next."""
 CrashAt = Callable[[str, str], None]
 """Called with a point (``intent``, ``effect``, ``result``, ``reply``) and the operation's kind, for tests that die."""
 
@@ -503,7 +501,7 @@ def _differences(
         return {
             name: normalise(value, normalisers) if isinstance(value, bytes) else value
             for name, value in found.items()
-            if name not in USAGE
+            if name != "wall_s"
         }
 
     old, new = parts(expected), parts(got)
