@@ -202,11 +202,6 @@ def of(pid: int) -> Group | None:
     return Group(memory, pids, cpu, freezer if possible else None)
 
 
-def version() -> int:
-    """Of the control groups here: 1 or 2."""
-    return 2 if _is_version_2() else 1
-
-
 def is_available() -> bool:
     """Whether this process may create groups with all three controllers."""
     return _bases() is not None

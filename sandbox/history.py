@@ -14,7 +14,6 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from sandbox.log import Blob, LogDamaged, Operation, Record, RecordKind, TrajectoryLog
-from sandbox.recorded import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,33 +124,47 @@ def log_rows(log: TrajectoryLog) -> Iterator[tuple[Sequence[str], Operation | No
 
 
 def _call_row(log: TrajectoryLog, intent: Record, operation: Operation) -> Sequence[str]:
-    start = (str(operation.seq), _clock(intent), operation.kind, _request(operation.kind, intent.data["request"]))
+    start = (str(operation.seq), _clock(intent), operation.kind, _request(intent.data["request"]))
     if operation.result is None:
         return (*start, "unknown: no result", "", "", "")
     result = log.record(operation.result)
     outcome = result.data["outcome"]
     took = f"{result.time_s - intent.time_s:.3f} s"
+    if "exec" in outcome:
+        took = f"{outcome['exec']['wall_s']:.3f} s"
+    streams = _streams(outcome)
+    return (*start, _comes_to(outcome), took, _size(streams.get("out")), _size(streams.get("err")))
+
+
+def _comes_to(outcome: Mapping[str, Any]) -> str:
     if "error" in outcome:
-        return (*start, f"error: {outcome['error']['message']}", took, "", "")
+        return f"error: {outcome['error']['message']}"
     if "exec" in outcome:
         done = outcome["exec"]
-        return (*start, _status(done), f"{done['wall_s']:.3f} s", _size(done["stdout"]), _size(done["stderr"]))
-    value = outcome["value"]
-    return (*start, f"ok, files: {len(value)}" if isinstance(value, list) else "ok", took, _size(value), "")
+        detail = {"exited": done["exit_code"], "signaled": done["signal"]}.get(done["status"])
+        return done["status"] if detail is None else f"{done['status']} {detail}"
+    if "snapshot" in outcome:
+        return f"ok, {outcome['snapshot']['image']}"
+    found = outcome.get("entries", outcome.get("value"))
+    return f"ok, files: {len(found)}" if isinstance(found, list | Mapping) else "ok"
+
+
+def _streams(outcome: Mapping[str, Any]) -> dict[str, bytes | Blob]:
+    """What there is of output and content."""
+    found = outcome.get("exec", outcome.get("output", {}))
+    named = {"out": found.get("stdout", outcome.get("value")), "err": found.get("stderr")}
+    return {name: data for name, data in named.items() if isinstance(data, bytes | Blob) and data}
 
 
 def outputs(log: TrajectoryLog, operation: Operation) -> Iterator[tuple[str, bytes]]:
     """What a call gave, by the name of the stream, as far as there is anything."""
     if operation.result is None:
         return
-    outcome = Recorder(None, log).stored(operation)
-    found = outcome.get("exec", {})
-    streams = {"out": found.get("stdout"), "err": found.get("stderr"), "data": outcome.get("value")}
-    for name, data in streams.items():
-        if isinstance(data, list):
-            yield name, "\n".join(data).encode("utf-8", "surrogateescape")
-        elif data:
-            yield name, data
+    outcome = log.record(operation.result).data["outcome"]
+    for name, data in _streams(outcome).items():
+        yield name, log.content(data)
+    if isinstance(outcome.get("value"), list):
+        yield "out", "\n".join(outcome["value"]).encode("utf-8", "surrogateescape")
 
 
 def as_json(log: TrajectoryLog, seq: int) -> dict[str, Any]:
@@ -172,18 +185,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _request(kind: str, request: Mapping[str, Any]) -> str:
-    if kind == "exec":
-        command = request["command"]
-        text = command if isinstance(command, str) else shlex.join(command)
-        return text + (f"  < {_size(request['stdin'])}" if request["stdin"] else "")
-    written = f"  < {_size(request['data'])}" if "data" in request else ""
-    return f"{request['path']}{written}"
-
-
-def _status(done: Mapping[str, Any]) -> str:
-    detail = {"exited": done["exit_code"], "signaled": done["signal"]}.get(done["status"])
-    return done["status"] if detail is None else f"{done['status']} {detail}"
+def _request(request: Mapping[str, Any]) -> str:
+    """Its first argument, which says most, and how much it brought along."""
+    first = next((request[name] for name in ("command", "path", "source") if name in request), "")
+    text = shlex.join(first) if isinstance(first, list) else str(first)
+    handle = f"{request['handle']}: " if "handle" in request else ""
+    brought = next((request[name] for name in ("stdin", "data") if request.get(name)), None)
+    return f"{handle}{text}  < {_size(brought)}" if brought else f"{handle}{text}"
 
 
 def _size(data: bytes | Blob | None) -> str:

@@ -237,6 +237,7 @@ def test_shell_is_a_terminal():
     terminal.type(b"echo sle''eping; sleep 60\r")
     terminal.until(b"sleeping")
     terminal.type(b"\x03")
+    terminal.until(b"$ ")
     terminal.type(b"echo interrupted $?\r")
     terminal.until(b"interrupted 130")
     terminal.type(b"exit 7\r")
