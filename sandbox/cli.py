@@ -132,8 +132,7 @@ def _shell(arguments: argparse.Namespace) -> int:
         return _ended(asyncio.run(terminal.shell(_substrate(arguments.substrate), _spec(arguments))))
     if arguments.dir is None:
         raise RecipeError("--attach needs --dir, the folder of the edge that keeps the box")
-    asyncio.run(terminal.attached_shell(arguments.dir.absolute(), arguments.attach))
-    return 0
+    return _ended(asyncio.run(terminal.attached_shell(arguments.dir.absolute(), arguments.attach)))
 
 
 def _ended(result: ExecResult) -> int:

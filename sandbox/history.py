@@ -189,9 +189,9 @@ def _request(request: Mapping[str, Any]) -> str:
     """Its first argument, which says most, and how much it brought along."""
     first = next((request[name] for name in ("command", "path", "source") if name in request), "")
     text = shlex.join(first) if isinstance(first, list) else str(first)
-    handle = f"{request['handle']}: " if "handle" in request else ""
     brought = next((request[name] for name in ("stdin", "data") if request.get(name)), None)
-    return f"{handle}{text}  < {_size(brought)}" if brought else f"{handle}{text}"
+    parts = (request.get("handle"), text, f"< {_size(brought)}" if brought else "")
+    return "  ".join(part for part in parts if part)
 
 
 def _size(data: bytes | Blob | None) -> str:

@@ -19,6 +19,7 @@ from posttrain.types import ExecResult, SandboxSpec
 from sandbox.client import AgentSandbox
 from sandbox.edge_client import EdgeClient
 from sandbox.edge_server import SOCKET
+from sandbox.operations import RemoteJob
 from sandbox.streams import Job
 
 CHUNK = 1 << 16
@@ -51,46 +52,55 @@ async def run(substrate: Substrate, spec: SandboxSpec, argv: Sequence[str], time
 
 async def shell(substrate: Substrate, spec: SandboxSpec) -> ExecResult:
     """An interactive shell in a fresh box, on this process's terminal. ``RecipeError`` when it has none."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise RecipeError("standard input and output are no terminal; use `posttrain sandbox run -- COMMAND`")
-    env = {"TERM": os.environ.get("TERM", "xterm"), "PS1": PROMPT}
+    _check_terminal()
     async with substrate.open(spec) as box:
-        job = await _agent(box, substrate).spawn(SHELL, env=env, tty=_terminal_size())
+        job = await _agent(box, substrate).spawn(SHELL, env=_shell_env(), tty=_terminal_size())
         async with job:
-            resizes: list[asyncio.Task[None]] = []
-
-            def resized() -> None:
-                resizes.append(asyncio.create_task(job.resize(*_terminal_size())))
-
-            asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resized)
-            with _raw_terminal():
-                _forward_input(job)
-                async for chunk in job:
-                    _write(1, chunk.data)
-            return await job.wait()
+            return await _on_terminal(job)
 
 
-async def attached_shell(folder: Path, rollout_id: str) -> None:
-    """Commands, one line each, in the box that an edge keeps for a rollout; each is the rollout's next recorded call.
+async def attached_shell(folder: Path, rollout_id: str) -> ExecResult:
+    """The same in the box that an edge keeps for a rollout, as the rollout's next recorded calls.
 
     Raises ``KeyError`` when the rollout has none, ``SandboxLost`` when the box is gone, ``Fenced`` when somebody else
     takes it over.
     """
+    _check_terminal()
     async with EdgeClient(folder / SOCKET, retry_s=3.0) as client:
         box = await client.attach(rollout_id)
         box.skip_recorded()
         print(
-            f"box {box.hold.box_id} after {box.hold.num_recorded} recorded calls; whoever held it is fenced off. Each "
-            "line is a command of its own, in the workdir. Ctrl-D leaves the box to the edge.",
+            f"box {box.hold.box_id} after {box.hold.num_recorded} recorded calls; what you do is recorded, too, and "
+            "whoever held the box is fenced off. It stays with the edge.",
             file=sys.stderr,
         )
-        while (line := await _ask(f"{rollout_id}$ ")) is not None:
-            if line.strip():
-                result = await box.exec(line)
-                _write(1, result.stdout)
-                _write(2, result.stderr)
-                if not result.ok:
-                    print(describe(result), file=sys.stderr)
+        job = await box.spawn(SHELL, env=_shell_env(), tty=_terminal_size())
+        async with job:
+            return await _on_terminal(job)
+
+
+async def _on_terminal(job: Job | RemoteJob) -> ExecResult:
+    """Connect this process's terminal with that of a job until it ends."""
+    resizes: list[asyncio.Task[None]] = []
+
+    def resized() -> None:
+        resizes.append(asyncio.create_task(job.resize(*_terminal_size())))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resized)
+    with _raw_terminal():
+        _forward_input(job)
+        async for chunk in job:
+            _write(1, chunk.data)
+    return await job.wait()
+
+
+def _check_terminal() -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise RecipeError("standard input and output are no terminal; use `posttrain sandbox run -- COMMAND`")
+
+
+def _shell_env() -> dict[str, str]:
+    return {"TERM": os.environ.get("TERM", "xterm"), "PS1": PROMPT}
 
 
 def describe(result: ExecResult) -> str:
@@ -109,7 +119,7 @@ def _agent(box: Sandbox, substrate: Substrate) -> AgentSandbox:
     return box
 
 
-def _forward_input(job: Job) -> None:
+def _forward_input(job: Job | RemoteJob) -> None:
     """Feed the job what this process reads, in a thread that nobody waits for: a read cannot be interrupted."""
     loop = asyncio.get_running_loop()
 
@@ -142,22 +152,6 @@ def _raw_terminal() -> Iterator[None]:
 def _terminal_size() -> tuple[int, int]:
     size = os.get_terminal_size(1)
     return size.lines, size.columns
-
-
-async def _ask(prompt: str) -> str | None:
-    """A line from standard input; None at its end. Read in a thread that nobody waits for."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[str | None] = loop.create_future()
-
-    def read() -> None:
-        try:
-            line = input(prompt)
-        except EOFError:
-            line = None
-        loop.call_soon_threadsafe(answer.set_result, line)
-
-    threading.Thread(target=read, daemon=True).start()
-    return await answer
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -254,7 +254,8 @@ def test_shell_goes_on_in_a_kept_box(tmp_path_factory):
     edge = subprocess.Popen(
         [sys.executable, "-m", "sandbox.edge", "--dir", str(folder)], stdout=subprocess.PIPE, cwd=ROOT
     )
-    with edge:
+    with edge, contextlib.ExitStack() as stack:
+        stack.callback(edge.terminate)
         assert b"serving" in edge.stdout.readline()
 
         async def begin() -> None:
@@ -263,18 +264,23 @@ def test_shell_goes_on_in_a_kept_box(tmp_path_factory):
 
         asyncio.run(begin())
         attach = ("shell", "--dir", str(folder), "--attach")
-        done = sandbox(*attach, "r-7", stdin=b"cat file\nexit 6\n")
-        assert b"kept\n" in done.stdout
-        assert b"after 1 recorded calls" in done.stderr
-        assert b"exited 6" in done.stderr
-        assert b"rollout 'r-8' has no box" in sandbox(*attach, "r-8", check=125).stderr
+        terminal = Terminal(*attach, "r-7")
+        assert b"after 1 recorded calls" in terminal.until(b"$ ")
+        terminal.type(b"cat file; exit 6\r")
+        assert b"kept\r\n" in terminal.until(b"exited 6")
+        assert terminal.wait() == 6
+        unknown = Terminal(*attach, "r-8")
+        unknown.until(b"rollout 'r-8' has no box")
+        assert unknown.wait() == 125
         assert b"--attach needs --dir" in sandbox("shell", "--attach", "r-7", check=125).stderr
         listed = sandbox("ps", "--dir", str(folder)).stdout.decode().splitlines()
         assert listed[0].split() == ["box", "rollout", "state", "substrate", "calls", "unknown", "age", "cause"]
-        assert listed[1].split()[1:6] == ["r-7", "open", "process", "3", "0"]
-        edge.terminate()
+        assert listed[1].split()[1:4] == ["r-7", "open", "process"]
+        assert b"out | cat file; exit 6" in sandbox("log", "r-7", "--full", "--dir", str(folder)).stdout
     assert "lost" in sandbox("ps", "--dir", str(folder)).stdout.decode()
-    assert b"no edge at" in sandbox(*attach, "r-7", check=125).stderr
+    gone = Terminal(*attach, "r-7")
+    gone.until(b"no edge at")
+    assert gone.wait() == 125
 
 
 def test_log_draws_what_was_done(logs):
