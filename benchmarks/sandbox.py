@@ -77,7 +77,7 @@ class Size:
     neighbour: int = 100
 
 
-QUICK = Size(execs=20, snippets=10, opens=3, logged=100, idle=20, live=300, neighbour=40)
+QUICK = Size(execs=20, snippets=10, opens=3, logged=100, idle=10, live=300, neighbour=30)
 
 
 @dataclass(slots=True)
@@ -164,7 +164,7 @@ async def measure_log(size: Size, results: Results) -> None:
     """What it costs that a command is on disk before it runs and its result before anyone sees it."""
     found = await log_cost(Process(), size.logged)
     results.latencies["exec true, process"] = {OURS: found["plain"]}
-    results.latencies["exec true, process, with its log"] = {OURS: found["recorded"]}
+    results.latencies["exec true, process, logged"] = {OURS: found["recorded"]}
     results.add("log_ms_per_op", found["recorded"].p50_ms - found["plain"].p50_ms, goal="<= 0.5")
     results.add("disk_sync_ms", sync_ms(size.logged))
 
@@ -212,7 +212,7 @@ async def measure_neighbours(size: Size, results: Results) -> None:
             await asyncio.gather(*spinning, return_exceptions=True)
             results.add("live_process_boxes", len(others) + 1, "boxes", ">= 300")
     live = f"{size.live} live"
-    for name, found in (("alone", alone), (live, beside), (f"{live}, {NUM_SPINNING} spinning", loaded)):
+    for name, found in (("alone", alone), (live, beside), (f"{live}, {NUM_SPINNING} busy", loaded)):
         results.latencies[f"exec true, {name}"] = found
     results.add("neighbour_alone_ms", alone[OURS].p50_ms)
     results.add("neighbour_among_idle_ms", beside[OURS].p50_ms)
@@ -366,7 +366,8 @@ def main() -> int:
         for what, by in results.latencies.items()
     }
     print_latencies(results, notes)
-    report("sandboxes", results.metrics, options.json, latencies=latencies, peers=notes, not_measured=results.missing)
+    facts = {"load_average": os.getloadavg(), "latencies": latencies, "peers": notes, "not_measured": results.missing}
+    report("sandboxes", results.metrics, options.json, **facts)
     return 0
 
 
