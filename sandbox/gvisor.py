@@ -122,7 +122,8 @@ def _trial(binary: str, platform: str) -> str:
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         argv = [*_runsc(binary, platform, Path(folder)), "do", "/bin/true"]
         try:
-            done = subprocess.run(argv, capture_output=True, timeout=20, check=False)
+            # Without a terminal, since it would put this process into its background.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
     output = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
