@@ -20,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +29,8 @@ from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
 from sandbox import cgroups
 from sandbox.log import Fenced, LogDamaged, Operation, RecordKind, TrajectoryLog
-from sandbox.recorded import CrashAt, Recorder, Request, creation, never
+from sandbox.operations import Request
+from sandbox.recorded import CrashAt, Recorder, creation, never, spec_of
 
 SWEEP_S = 1.0
 HEARTBEAT_S = 10.0
@@ -91,6 +92,8 @@ class Hold:
     lease_s: float
     num_recorded: int
     """Operations that the log already holds, which the client's first calls must repeat."""
+    spec: SandboxSpec
+    """What the box was made from, without files."""
 
 
 class LiveBox:
@@ -108,6 +111,11 @@ class LiveBox:
         """Calls that wait for that, in order; a later one waits behind them."""
         self.closing = closing
         self.keeper = keeper
+
+    @property
+    def is_frozen(self) -> bool:
+        """Paused by the edge, or by its client: a box that is asked anything wakes."""
+        return self.paused or getattr(self.recorder.box, "paused", False)
 
 
 class Edge:
@@ -200,7 +208,13 @@ class Edge:
         recorder = self._recorder(box_id)
         if box_id in self._live:
             await self._attend(self._live[box_id])
-        return Hold(box_id=box_id, epoch=epoch, lease_s=self.limits.lease_s, num_recorded=len(recorder.log.operations))
+        return Hold(
+            box_id=box_id,
+            epoch=epoch,
+            lease_s=self.limits.lease_s,
+            num_recorded=len(recorder.log.operations),
+            spec=replace(spec_of(recorder.log), files={}),
+        )
 
     async def begin(
         self, box_id: str, epoch: int, position: int, request: Request, *, idempotent: bool = False
@@ -249,6 +263,11 @@ class Edge:
             self._remove(box, cause)
             await asyncio.wait({box.keeper})
 
+    @property
+    def num_attended(self) -> int:
+        """Boxes that a client holds or waits for."""
+        return len(self._opening) + sum(box.attended for box in self._live.values())
+
     def list(self) -> list[dict[str, Any]]:
         """Every box there ever was here, oldest first: ids, state, cause."""
         columns = "box_id, rollout_id, state, cause, epoch, created_s"
@@ -267,7 +286,7 @@ class Edge:
                 await self._leave(box)
             elif box.attended and now - box.used_at >= box.ttl_idle_s:
                 self._remove(box, "idle for ttl_idle_s")
-            elif not (box.paused or busy or box.beating) and now - box.beat_at >= HEARTBEAT_S:
+            elif not (box.is_frozen or busy or box.beating) and now - box.beat_at >= HEARTBEAT_S:
                 box.beat_at, box.beating = now, True
                 beat = asyncio.create_task(self._beat(box))
                 self._beats.add(beat)
@@ -398,7 +417,7 @@ class Edge:
         cause = "the client's lease ran out"
         async with box.changing:
             box.attended = False
-            if isinstance(box.recorder.box, Pausable):
+            if isinstance(box.recorder.box, Pausable) and self.substrate.capabilities().get("pause", True):
                 if not await self._changes(box, box.recorder.box.pause()):
                     return
                 box.paused = True

@@ -12,15 +12,15 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import SandboxError, SandboxLost
-from posttrain.types import ExecResult, SandboxSpec
+from posttrain.types import SandboxSpec
 from sandbox import wire
 from sandbox.edge import Hold
-from sandbox.recorded import Request, exec_request, unwrap
+from sandbox.operations import Operations, Request, unwrap
 
 RETRY_EVERY_S = 0.05
 PING = -1
@@ -30,8 +30,12 @@ CANCEL_DEADLINE_S = 30.0
 class EdgeClient:
     """A connection to the edge at a socket, made when it is first needed. An async context."""
 
-    def __init__(self, path: Path, *, retry_s: float = 30.0) -> None:
+    def __init__(
+        self, path: Path, *, retry_s: float = 30.0, start: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self.path = path
+        self._start = start
+        """Starts an edge where none answers."""
         self.retry_s = retry_s
         """How long an edge may be away before its boxes count as lost."""
         self._numbers = itertools.count()
@@ -52,23 +56,31 @@ class EdgeClient:
         rollout_id: str,
         spec: SandboxSpec,
         *,
+        token: str = "",
         ttl_idle_s: float | None = None,
         ttl_max_s: float | None = None,
     ) -> EdgeSandbox:
-        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room."""
+        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room.
+
+        Whoever makes a box with the same ``token`` again gets the one there is.
+        """
         fields = {item.name: getattr(spec, item.name) for item in dataclasses.fields(spec)}
-        token = uuid.uuid4().hex
         hold = await self.ask(
-            "create", rollout_id=rollout_id, spec=fields, token=token, ttl_idle_s=ttl_idle_s, ttl_max_s=ttl_max_s
+            "create",
+            rollout_id=rollout_id,
+            spec=fields,
+            token=token or uuid.uuid4().hex,
+            ttl_idle_s=ttl_idle_s,
+            ttl_max_s=ttl_max_s,
         )
-        return self._hold(Hold(**hold))
+        return self._hold(rollout_id, hold)
 
     async def attach(self, rollout_id: str) -> EdgeSandbox:
         """A rollout's box, from its first call on: what it did is answered from its log.
 
         Whoever held it before is fenced off. ``KeyError`` when the rollout never had a box.
         """
-        return self._hold(Hold(**await self.ask("attach", rollout_id=rollout_id)))
+        return self._hold(rollout_id, await self.ask("attach", rollout_id=rollout_id))
 
     async def list(self) -> list[dict[str, Any]]:
         """Every box the edge knows of, oldest first."""
@@ -120,10 +132,11 @@ class EdgeClient:
         if task:
             task.cancel()
 
-    def _hold(self, hold: Hold) -> EdgeSandbox:
+    def _hold(self, rollout_id: str, fields: Mapping[str, Any]) -> EdgeSandbox:
+        hold = Hold(**{**fields, "spec": SandboxSpec(**fields["spec"])})
         self.forget(hold.box_id)
         self._renewing[hold.box_id] = asyncio.create_task(self._renew(hold))
-        return EdgeSandbox(self, hold)
+        return EdgeSandbox(self, rollout_id, hold)
 
     async def _renew(self, hold: Hold) -> None:
         while True:
@@ -151,6 +164,10 @@ class EdgeClient:
             except (SandboxLost, ValueError) as error:
                 self._fail(str(error))
                 return
+            except asyncio.CancelledError:
+                # Nobody takes replies any more, so that whoever waits for one must not.
+                self._fail("the client hung up")
+                raise
             finally:
                 self._writer = None
                 writer.close()
@@ -189,6 +206,8 @@ class EdgeClient:
                         f"no edge at {self.path} for {self.retry_s:.0f} s ({error.strerror}); start it with "
                         f"python -m sandbox.edge --dir {self.path.parent}"
                     ) from error
+            if self._start:
+                await self._start()
             await asyncio.sleep(RETRY_EVERY_S)
 
     def _resolve(self, reply: dict[str, Any]) -> None:
@@ -204,51 +223,40 @@ class EdgeClient:
         for _, reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(reason))
+                # Retrieved here, since whoever waited for it may have been cancelled.
+                reply.exception()
 
 
-class EdgeSandbox:
-    """One box at the edge, as this client sees it. Satisfies the ``Sandbox`` protocol."""
+class EdgeSandbox(Operations):
+    """One box at the edge, as this client sees it."""
 
-    def __init__(self, client: EdgeClient, hold: Hold) -> None:
+    def __init__(self, client: EdgeClient, rollout_id: str, hold: Hold) -> None:
+        self.rollout_id = rollout_id
         self.hold = hold
         self._client = client
         self._position = 0
 
-    async def exec(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float | None = None,
-        max_output: int = 1 << 20,
-        env: Mapping[str, str] | None = None,
-        idempotent: bool = False,
-    ) -> ExecResult:
-        """Run a command, once. ``idempotent`` says that running it again is harmless when its end is not known."""
-        request = exec_request(command, stdin=stdin, timeout_s=timeout_s, max_output=max_output, env=env)
-        result: ExecResult = await self.call(request, idempotent)
-        return result
+    async def fork(self, count: int) -> list[EdgeSandbox]:
+        """New boxes that begin with this one's workdir, for the rollouts ``ROLLOUT_ID.CALL.0`` and on.
 
-    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        """Content of a regular file."""
-        data: bytes = await self.call(Request("read", {"path": path, "max_bytes": max_bytes}))
-        return data
+        A client that comes back and makes the same calls gets the same boxes.
+        """
+        name = f"{self.rollout_id}.{self._position}"
+        snapshot = await self.snapshot()
+        spec = dataclasses.replace(self.hold.spec, image=snapshot.image)
+        rollouts = [f"{name}.{index}" for index in range(count)]
+        return await asyncio.gather(*(self._client.create(rollout, spec, token=rollout) for rollout in rollouts))
 
-    async def write(self, path: str, data: bytes, *, idempotent: bool = False) -> None:
-        """Create or replace a file, atomically, once."""
-        await self.call(Request("write", {"path": path, "data": data}), idempotent)
-
-    async def list(self, path: str = ".") -> list[str]:
-        """Regular files below a directory, sorted."""
-        names: list[str] = await self.call(Request("list", {"path": path}))
-        return names
+    def skip_recorded(self) -> None:
+        """Go on after the calls in the log, instead of making them again to be told what they gave."""
+        self._position = max(self._position, self.hold.num_recorded)
 
     async def close(self) -> None:
         """Kill and remove the box. Its log stays at the edge."""
         self._client.forget(self.hold.box_id)
         await self._client.ask("close", box_id=self.hold.box_id, epoch=self.hold.epoch)
 
-    async def call(self, request: Request, idempotent: bool = False) -> Any:
+    async def ask(self, request: Request, idempotent: bool = False) -> Any:
         """The next call of this client, given as a value."""
         position, self._position = self._position, self._position + 1
         reply = await self._client.exchange(

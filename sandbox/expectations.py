@@ -28,13 +28,13 @@ def expect(claim: bool, *seen: object) -> None:
         raise AssertionError(*seen)
 
 
-async def raises(kind: type[Exception], attempt: Awaitable[object], what: str) -> None:
+async def raises(kind: type[Exception] | tuple[type[Exception], ...], attempt: Awaitable[object], what: str) -> None:
     """Raise ``AssertionError`` unless the attempt raises this kind of exception."""
     try:
         await attempt
     except kind:
         return
-    raise AssertionError(f"{what!r}: expected {kind.__name__}")
+    raise AssertionError(f"{what!r}: expected {kind}")
 
 
 async def python(box: Sandbox, program: str, timeout_s: float = 10.0) -> ExecResult:

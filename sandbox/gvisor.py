@@ -79,6 +79,9 @@ class Gvisor:
             "release": _release(self.binary),
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -119,7 +122,8 @@ def _trial(binary: str, platform: str) -> str:
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         argv = [*_runsc(binary, platform, Path(folder)), "do", "/bin/true"]
         try:
-            done = subprocess.run(argv, capture_output=True, timeout=20, check=False)
+            # Without a terminal, since it would put this process into its background.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
     output = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
@@ -185,7 +189,8 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         jail = _launch(substrate, folder, group, theirs)
         removal.callback(_end, jail, group)
         theirs.close()
-        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close)
+        freeze = group.freeze if group.freezer else None
+        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
         box.folder, box.group = folder, group
         undo.callback(box.close)
         try:

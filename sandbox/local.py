@@ -15,6 +15,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
+from sandbox import layers
 from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
 
@@ -45,6 +46,8 @@ class LocalUnsafe:
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
         """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``, which nothing enforces."""
+        if layers.split(spec.image)[1]:
+            raise Unsupported(f"SandboxSpec.image = {spec.image!r}: substrate {self.name!r} has no layers")
         if spec.network:
             raise Unsupported(
                 f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"

@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from dataclasses import replace
 from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, prepare
+from sandbox.client import AgentSandbox, bare, prepare
 
 Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
 Stop = Callable[[AgentSandbox], Awaitable[None]]
@@ -77,6 +76,11 @@ class Pool:
         while self._ready:
             await self._stop(self._ready.popleft())
 
+    async def settle(self) -> None:
+        """Wait for the starts that are under way."""
+        while self._starting:
+            await asyncio.wait(set(self._starting))
+
     def _refill(self) -> None:
         for _ in range(self._size - len(self._ready) - len(self._starting) - self._out):
             task = asyncio.get_running_loop().create_task(self._add())
@@ -107,7 +111,7 @@ _pools: dict[tuple[Hashable, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
 @contextlib.asynccontextmanager
 async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: Stop) -> AsyncIterator[AgentSandbox]:
     """A fresh box, from a pool when the substrate keeps one; stopped at the end, whatever happens."""
-    kind = replace(spec, files={}, network=())
+    kind = bare(spec)
     if substrate.warm:
         box = await shared(substrate, kind, substrate.warm, start=start, stop=stop).take()
     else:
@@ -127,6 +131,14 @@ def shared(owner: Hashable, kind: SandboxSpec, size: int, *, start: Start, stop:
     if found is None or found[0] is not loop:
         found = _pools[key] = (loop, Pool(lambda: start(kind), stop, size, reuse=reuse))
     return found[1]
+
+
+async def settled() -> None:
+    """Wait until the pools of the running event loop start nothing any more: what can be ready is ready."""
+    loop = asyncio.get_running_loop()
+    for owner, pool in list(_pools.values()):
+        if owner is loop:
+            await pool.settle()
 
 
 async def close_pools() -> None:

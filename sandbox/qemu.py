@@ -85,6 +85,9 @@ class MicroVM:
             "root_file_system": "writable" if self.writable_root else "read-only",
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -340,7 +343,8 @@ async def start(substrate: MicroVM, spec: SandboxSpec) -> AgentSandbox:
         removal.callback(qemu.kill)
         await asyncio.to_thread(qemu.resume)
         channel = StreamChannel(*await asyncio.open_unix_connection(sock=qemu.agent, limit=1 << 20))
-        box = AgentSandbox(channel, spec, hits=None, kill=removal.close)
+        freeze = group.freeze if group.freezer else None
+        box = AgentSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
         undo.callback(box.close)
         setup = json.dumps(_setup(spec)).encode()
         await channel.send(struct.pack("!I", len(setup)) + setup)

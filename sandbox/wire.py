@@ -11,6 +11,7 @@ from typing import Any
 from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable, Unsupported
 from sandbox.edge import EdgeBusy
 from sandbox.log import Fenced, LogDamaged, decode, encode
+from sandbox.operations import HandleLost
 from sandbox.recorded import Diverged, Unknown
 
 LENGTH = struct.Struct("!I")
@@ -25,11 +26,13 @@ KINDS: Mapping[str, type[Exception]] = {
         Fenced,
         Diverged,
         Unknown,
+        HandleLost,
         LogDamaged,
         EdgeBusy,
         RecipeError,
         ValueError,
         KeyError,
+        EOFError,
         OSError,
     )
 }
