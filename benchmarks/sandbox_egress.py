@@ -1,6 +1,6 @@
 """What a box's traffic does to its commands: the latency of ``true`` while connections of the box carry data.
 
-``python benchmarks/sandbox_egress.py [process|container|gvisor]...`` prints p50, p95 and the worst in milliseconds,
+``python -m benchmarks.sandbox_egress [process|container|gvisor]...`` prints p50, p95 and the worst in milliseconds,
 idle and under each load, and the load's throughput. The server, the proxy and the box share this machine. The first
 load is a busy loop without traffic, since a box's commands share its processors.
 """
