@@ -1,7 +1,8 @@
 """What a box's traffic does to its commands: the latency of ``true`` while connections of the box carry data.
 
-``python benchmarks/sandbox_egress.py [process|container|gvisor]...`` prints p50, p95 and the worst in milliseconds,
-idle and under each load, and the load's throughput. The server, the proxy and the box share this machine.
+``python -m benchmarks.sandbox_egress [process|container|gvisor]...`` prints p50, p95 and the worst in milliseconds,
+idle and under each load, and the load's throughput. The server, the proxy and the box share this machine. The first
+load is a busy loop without traffic, since a box's commands share its processors.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ def run():
     made.sendall(f"CONNECT {target} HTTP/1.1\\r\\n\\r\\n".encode())
     made.recv(100)
     made.sendall(kind[:1].encode())
+    while kind == "spin": pass
     while kind == "down" and made.recv(1 << 20): pass
     while kind == "up": made.sendall(bytes(1 << 20))
     while kind == "tiny": made.send(b"x")
 for _ in range(num): threading.Thread(target=run).start()
 """
 LOADS = (
+    ("a busy loop", "spin", 1),
     ("one download", "down", 1),
     ("one upload", "up", 1),
     ("32 downloads", "down", 32),

@@ -21,7 +21,7 @@ from _socket import AF_INET, SOCK_STREAM, socket
 
 from sandbox.agent import EVENT, OK, READABLE, Agent, pack, send
 
-LISTEN, CARRY = 32, 33
+LISTEN, CARRY = 40, 41
 
 PORT = 3128
 """Where the door is, unless the payload listens there itself."""

@@ -513,6 +513,7 @@ class AgentSandbox:
         """
         allowed = parse(allow, field="allow")
         async with self._setting_net:
+            await self.resume()
             if self._egress is None:
                 if not allowed.entries:
                     return
@@ -521,12 +522,18 @@ class AgentSandbox:
 
     async def _open_egress(self) -> Egress:
         self.spoiled = self.spoiled or "it had a network"
-        egress = Egress(lambda body: self.tell(agent_egress.CARRY, body))
+        egress = Egress(self._carry)
         await self._load(agent_egress)
         op = next(self._ops)
         self._events[op] = egress.on_event
         egress.port = int((await self.ask(agent_egress.LISTEN, b"", op=op))[0])
         return egress
+
+    async def _carry(self, body: bytes) -> None:
+        """Send what the host has for a connection of the box. Traffic does not wake a box that is paused."""
+        await self._awake.wait()
+        if not self._lost:
+            await self._send(agent.HEADER.pack(0, agent_egress.CARRY, len(body)) + body)
 
     def connections(self) -> Sequence[Connection]:
         """What the box has reached or tried to reach, oldest first: the last ``egress.MAX_LOGGED``."""
@@ -714,6 +721,7 @@ class AgentSandbox:
 
     def _fail(self, reason: str) -> None:
         self._lost = self._lost or reason
+        self._awake.set()
         self._awake.set()
         if self._egress:
             self._egress.close()

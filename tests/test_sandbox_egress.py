@@ -382,6 +382,32 @@ print(count)
     in_box(substrate, test)
 
 
+@process_box
+def test_traffic_does_not_wake_a_paused_box(substrate: Substrate, names: Names) -> None:
+    size = 24 << 20
+    read_all = "print(sum(map(len, iter(lambda: made.recv(1 << 20), b''))))"
+
+    async def test(box: AgentSandbox) -> None:
+        async with site() as big:
+            await box.set_net([f"127.0.0.1:{big.port}"])
+            program = f"made = ask(sys.argv[2]); print('on', flush=True); time.sleep(0.1); {read_all}"
+            argv = ["python3", "-I", "-S", "-c", RAW + program, "", get("127.0.0.1", big.port, f"/{size}")]
+            async with await box.spawn(argv) as job:
+                lines = _lines(job)
+                assert await anext(lines) == "on"
+                try:
+                    await box.pause()
+                except Unsupported as error:
+                    pytest.skip(str(error))
+                await asyncio.sleep(0.3)
+                assert box.paused
+                assert box.connections()[0].received < size
+                await box.resume()
+                assert int(await anext(lines)) > size
+
+    in_box(substrate, test)
+
+
 @every_box
 def test_an_upload_arrives_whole(substrate: Substrate, names: Names) -> None:
     program = """
@@ -450,7 +476,8 @@ hoard()
             assert flooded.status == "timeout", flooded
             assert slowest < 1.0
             kept = box.connections()
-            assert 10 < sum(c.verdict == "refused" for c in kept) < MAX_LOGGED
+            assert any(c.verdict == "refused" for c in kept)
+            assert len(kept) < MAX_LOGGED
             assert max(c.received for c in kept) > 10 * WINDOW
             # No place was lost.
             everything = f"""
