@@ -248,9 +248,12 @@ def test_layers_are_laid_one_over_the_other_and_links_are_not_followed(substrate
 
 @EVERYWHERE
 def test_what_no_snapshot_keeps_is_refused_by_name(substrate: Substrate, folder: Path) -> None:
-    makes = {"mkfifo d/pipe": "d/pipe", "python3 -c 'import socket; socket.socket(1).bind(\"d/s\")'": "d/s"}
-    if not isinstance(substrate, Gvisor):
-        makes["truncate -s 4M d/holes"] = "d/holes"
+    makes = {
+        "mkfifo d/pipe": "d/pipe",
+        "python3 -c 'import socket; socket.socket(1).bind(\"d/s\")'": "d/s",
+        # gVisor shows no holes, but what would fill them does not fit.
+        "truncate -s 5M d/holes; cp --sparse=always d/holes d/more": "d/(holes|more)",
+    }
 
     async def play() -> None:
         async with substrate.open(SPEC) as box:
