@@ -551,8 +551,6 @@ def wake_on_sigchld() -> int:
     return read_end
 
 
-writable = select.poll()
-writable.register(1, select.POLLOUT)
 on_reply: dict[int, Callable[[int, bytes], None]] = {}
 """Called with the kind and the body of the reply to an operation."""
 
@@ -562,11 +560,7 @@ def send(op: int, kind: int, body: bytes = b"") -> None:
         on_reply.pop(op)(kind, body)
     view = memoryview(HEADER.pack(op, kind, len(body)) + body)
     while view:
-        try:
-            view = view[os.write(1, view) :]
-        except BlockingIOError:
-            # gVisor says so of a channel that is full, which should wait.
-            writable.poll()
+        view = view[os.write(1, view) :]
 
 
 def receive() -> tuple[int, int, bytes]:

@@ -178,7 +178,8 @@ for folder, folders, files in os.walk("."):
         s = os.lstat(path)
         kind = stat.S_IFMT(s.st_mode)
         print(path, oct(kind), 0 if kind == stat.S_IFLNK else oct(s.st_mode),
-              s.st_mtime_ns if kind == stat.S_IFREG else 0, os.readlink(path) if kind == stat.S_IFLNK else s.st_uid == os.getuid())
+              s.st_mtime_ns if kind == stat.S_IFREG else 0, s.st_uid == os.getuid(),
+              os.readlink(path) if kind == stat.S_IFLNK else "")
 """
 
 

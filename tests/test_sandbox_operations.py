@@ -422,26 +422,26 @@ def test_a_paused_box_stands_still_and_wakes_for_whoever_asks(substrate: Substra
             assert isinstance(box, AgentSandbox)
             assert substrate.capabilities()["pause"]
             ticking = asyncio.create_task(
-                box.exec("for i in $(seq 40); do echo >> ticks; sleep 0.05; done; echo end", timeout_s=4.0)
+                box.exec("for i in $(seq 20); do echo >> ticks; sleep 0.05; done; echo end", timeout_s=2.0)
             )
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.3)
             await box.pause()
             await box.pause()
             assert box.paused
             before = time.monotonic()
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(1.9)
             # Asking wakes it; what passed meanwhile counts neither for the command nor against it.
             ticks = len(await box.read("ticks"))
-            assert 0 < ticks < 25, ticks
+            assert 0 < ticks < 15, ticks
             assert not box.paused
             result = await ticking
             assert (result.status, result.stdout) == (ExecStatus.EXITED, b"end\n")
             assert result.wall_s < time.monotonic() - before
             await box.resume()
-            late = asyncio.create_task(box.exec("sleep 30", timeout_s=0.6))
-            await asyncio.sleep(0.2)
+            late = asyncio.create_task(box.exec("sleep 30", timeout_s=0.5))
+            await asyncio.sleep(0.1)
             await box.pause()
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.7)
             assert not late.done()
             await box.resume()
             assert (await late).status is ExecStatus.TIMEOUT
