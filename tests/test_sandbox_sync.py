@@ -79,7 +79,7 @@ def test_a_box_of_this_process_does_all_of_it_and_goes_with_its_client() -> None
         with pytest.raises(Unsupported, match="give SandboxClient the address of an edge"):
             client.attach("r")
         with pytest.raises(AttributeError, match="not for other threads"):
-            left_open.end_commands_now if hasattr(type(left_open), "end_commands_now") else left_open.handle
+            left_open.kill()
     with pytest.raises(SandboxError, match="was closed"):
         left_open.list()
     client.close()
