@@ -288,7 +288,8 @@ class AgentSandbox:
         with layers.Draft() as draft:
             try:
                 self._events[op] = functools.partial(_draw, draft)
-                body = agent.pack(layers.MAX_ENTRIES, layers.MAX_BYTES)
+                # Where holes cannot be seen, as in gVisor, the size of the disk bounds what they are filled with.
+                body = agent.pack(layers.MAX_ENTRIES, self.spec.disk_mb << 20)
                 await self.ask(agent_files.SCAN, body, SNAPSHOT_DEADLINE_S, op=op)
             finally:
                 del self._events[op]
