@@ -75,7 +75,10 @@ CHECKLIST: Mapping[int, tuple[str, Checks]] = {
     36: ("ioctls of file systems", (escape.old_and_odd_interfaces_are_closed,)),
     37: ("reuse across users", (life.nothing_is_left_for_the_next_box, driven.calls_are_apart)),
     38: ("paths, sockets and secrets of the host", (escape.kernel_and_host_files_are_out_of_reach,)),
-    39: ("rights stay dropped on every way in", (escape.every_way_in_drops_rights, driven.calls_are_apart)),
+    39: (
+        "rights stay dropped on every way in, in restored and resumed boxes",
+        (escape.every_way_in_drops_rights, driven.calls_are_apart, life.a_restored_box_is_like_any_other),
+    ),
     # Files
     40: (
         "links, and directories swapped for links",
@@ -97,6 +100,7 @@ CHECKLIST: Mapping[int, tuple[str, Checks]] = {
     # Faults
     55: ("a poisoned pool", (life.a_dead_box_is_not_handed_out, driven.a_call_that_spoils_its_box_is_noticed)),
     56: ("a storm of 32 boxes", (life.a_storm_of_boxes_is_weathered,)),
+    57: ("snapshots during writes, restored twice", (life.a_restored_box_is_like_any_other,)),
     58: ("an agent that hangs", (life.an_agent_that_hangs_is_lost,)),
     # Shell session
     59: ("a forged end of a command", (driven.a_session_is_not_fooled,)),
@@ -116,6 +120,5 @@ ELSEWHERE: Mapping[int, str] = {
     52: "a client that is preempted: the tests of recorded boxes",
     53: "duplicate and stale requests: the tests of recorded boxes and the edge",
     54: "leases, orphans and leaks: the tests of the edge and of each substrate",
-    57: "snapshots and forks of boxes: the tests of those substrates that have them",
 }
 """Items that are not about one open box, and why no check here covers them."""

@@ -286,7 +286,7 @@ async def nobody_can_be_traced(substrate: Substrate) -> None:
     # gVisor keeps priority and affinity for show, and its file of a namespace opens nothing.
     of_no_effect = ("nice", "affinity", "ns/user") if isolates_by_kernel(substrate) else ()
     async with substrate.open(SPEC) as box:
-        beside = asyncio.create_task(box.exec("sleep 1; echo unharmed"))
+        beside = asyncio.create_task(box.exec("sleep 0.6; echo unharmed"))
         await asyncio.sleep(0.1)
         await nothing_is_reached(box, TRACING, but=of_no_effect)
         result = await beside

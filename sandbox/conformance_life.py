@@ -18,12 +18,12 @@ from unittest import SkipTest
 from posttrain.errors import SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecStatus, SandboxSpec
-from sandbox import agent, gvisor
+from sandbox import agent, gvisor, layers
 from sandbox.attempts import PRELUDE, reached
 from sandbox.client import AgentSandbox
 from sandbox.conformance_agent import agent_box
 from sandbox.conformance_escape import FINDS, LEAVES
-from sandbox.expectations import expect, nothing_runs, raises, still_works
+from sandbox.expectations import RIGHTS, expect, has_no_rights, nothing_runs, raises, still_works
 from sandbox.pool import Pool
 
 SPEC = SandboxSpec(memory_mb=64, disk_mb=8, max_processes=16)
@@ -172,10 +172,47 @@ def _sentry_of(box: AgentSandbox) -> list[int]:
     return gvisor.mentioning(box.folder)
 
 
+async def a_restored_box_is_like_any_other(substrate: Substrate) -> None:
+    """A snapshot taken during writes holds whole files and no rights; two boxes of it, or one resumed, have none."""
+    can = substrate.capabilities()
+    if can.get("snapshot") != "fs":
+        raise SkipTest("it keeps no file systems (snapshot)")
+    argv = ["python3", "-I", "-S", "-c", RIGHTS]
+    async with substrate.open(SPEC) as sandbox:
+        box = agent_box(sandbox)
+        await box.exec("cp /usr/bin/id id; chmod 6755 id; ln -s /etc/passwd link; ln -s ../../.. up; mkdir -m 1777 d")
+        writing = asyncio.create_task(box.exec("while :; do echo x >> d/grows; done", timeout_s=20))
+        await asyncio.sleep(0.1)
+        snapshot = await box.snapshot()
+        writing.cancel()
+        await asyncio.wait({writing})
+        if can.get("pause"):
+            await box.pause()
+            await box.resume()
+        has_no_rights(await box.exec(argv))
+    try:
+        spec = replace(SPEC, image=snapshot.image)
+        async with substrate.open(spec) as first, substrate.open(spec) as second:
+            drawn = [await agent_box(box).call("import os; print(os.urandom(8))") for box in (first, second)]
+            expect(drawn[0].ok and drawn[0].stdout != drawn[1].stdout, "two restored boxes draw the same", drawn)
+            for box in (first, second):
+                has_no_rights(await box.exec(argv))
+                special = await box.exec("find . -perm /7000; find . -type l -printf '%f %l\\n' | sort")
+                expect(special.stdout == b"link /etc/passwd\nup ../../..\n", special)
+                expect(set((await box.read("d/grows")).split()) == {b"x"}, "a torn file")
+            await first.exec("echo mine > d/grows")
+            expect(b"mine" not in await second.read("d/grows"), "two restored boxes share a file")
+    finally:
+        layer = layers.find(snapshot.digest)
+        if layer:
+            layer.unlink()
+
+
 LIFE_CHECKS: tuple[Callable[[Sandbox], Awaitable[None]], ...] = (a_poisoned_home_reaches_no_later_command,)
 LIFE_WHOLE: tuple[Callable[[Substrate], Coroutine[Any, Any, None]], ...] = (
     nothing_is_left_for_the_next_box,
     a_dead_box_is_not_handed_out,
     a_storm_of_boxes_is_weathered,
     an_agent_that_hangs_is_lost,
+    a_restored_box_is_like_any_other,
 )

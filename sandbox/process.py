@@ -1,7 +1,9 @@
 """Boxes made of Linux namespaces with bubblewrap: no daemon, no image needed, about 20 ms each.
 
-What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Without root there are no control
-groups either, and memory is bounded per process only; ``capabilities()`` says which of the two holds.
+What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Boxes bind the same files of an image,
+so that one notices locks (flock) and watches of another on them; an overlay for each would cost more than the rest of a
+box. Without root there are no control groups either, and memory is bounded per process only; ``capabilities()`` says
+which of the two holds.
 """
 
 from __future__ import annotations
