@@ -195,11 +195,11 @@ async def a_restored_box_is_like_any_other(substrate: Substrate) -> None:
         async with substrate.open(spec) as first, substrate.open(spec) as second:
             drawn = [await agent_box(box).call("import os; print(os.urandom(8))") for box in (first, second)]
             expect(drawn[0].ok and drawn[0].stdout != drawn[1].stdout, "two restored boxes draw the same", drawn)
-            for box in (first, second):
-                has_no_rights(await box.exec(argv))
-                special = await box.exec("find . -perm /7000; find . -type l -printf '%f %l\\n' | sort")
+            for restored in (first, second):
+                has_no_rights(await restored.exec(argv))
+                special = await restored.exec("find . -perm /7000; find . -type l -printf '%f %l\\n' | sort")
                 expect(special.stdout == b"link /etc/passwd\nup ../../..\n", special)
-                expect(set((await box.read("d/grows")).split()) == {b"x"}, "a torn file")
+                expect(set((await restored.read("d/grows")).split()) == {b"x"}, "a torn file")
             await first.exec("echo mine > d/grows")
             expect(b"mine" not in await second.read("d/grows"), "two restored boxes share a file")
     finally:
