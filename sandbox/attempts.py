@@ -22,6 +22,9 @@ def attempt(name, action):
     else:
         print(name, "REACHED", repr(outcome)[:80], flush=True)
 
+def attempt_failed():
+    raise OSError(errno.ENODATA, "nothing there")
+
 def syscall(x86, arm, *arguments):
     number = x86 if X86 else arm
     result = libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))

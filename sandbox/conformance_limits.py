@@ -54,16 +54,6 @@ os._exit(os.wait()[1] != 0)
 async def files_are_bounded(box: Sandbox) -> None:
     program = """
 import os
-os.mkdir("many")
-fd = os.open("many", os.O_RDONLY)
-n = 0
-try:
-    while n < 20_000:
-        os.close(os.open(str(n), os.O_CREAT | os.O_WRONLY, dir_fd=fd))
-        n += 1
-except OSError:
-    pass
-print(n)
 os.mkdir("long")
 for i in range(20):
     open("long/" + chr(97 + i) * 255, "w").close()
@@ -82,16 +72,25 @@ os.chdir("deep")
 for i in range(1000):
     os.mkdir("d")
     os.chdir("d")
-print("deep")
+os.chdir("/work")
+os.mkdir("many")
+fd = os.open("many", os.O_RDONLY)
+n = 0
+try:
+    while n < 20_000:
+        os.close(os.open(str(n), os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        n += 1
+except OSError:
+    pass
+print(n)
 """
     result = await python(box, program, timeout_s=30)
     seen = result.stdout.split()
-    expect(result.ok and int(seen[0]) > 0, result)
-    expect(seen[1:] == [b"36", b"27", b"27", b"deep"], "names, sparse files (EFBIG) and depth", result)
+    expect(result.ok and seen[:3] == [b"36", b"27", b"27"], "names (ENAMETOOLONG), sparse files (EFBIG)", result)
     started = time.monotonic()
     expect(len(await box.list("long")) == 20, "long names")
     await raises(ValueError, box.list(), "deeper than anything")
-    expect(len(await box.list("many")) == int(seen[0]), "many files")
+    expect(len(await box.list("many")) == int(seen[3]) > 0, "many files")
     expect(time.monotonic() - started < 10, "listing took", time.monotonic() - started)
     await still_works(box)
 
