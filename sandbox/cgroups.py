@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.errors import SandboxError
+from sandbox import owners
 
 MOUNT = Path("/sys/fs/cgroup")
-PREFIX = "posttrain"
+KIND = "box"
+"""What its groups are called in ``sandbox.owners``."""
 CONTROLLERS = ("memory", "pids", "cpu")
 FREEZER = "freezer"
 """A controller of its own on version 1; every group of version 2 can be frozen."""
@@ -123,17 +125,9 @@ class Group:
         return [pid for pid in map(int, text.split()) if pid > 0]
 
     def remove(self) -> None:
-        """Delete the directories. The kernel refuses while a killed process is not quite gone yet."""
+        """Delete the directories."""
         for path in self.paths:
-            for _ in range(100):
-                with contextlib.suppress(FileNotFoundError):
-                    try:
-                        path.rmdir()
-                    except OSError:
-                        thaw(path)
-                        time.sleep(0.002)
-                        continue
-                break
+            remove(path)
 
 
 def _read(path: str) -> bytes:
@@ -158,7 +152,7 @@ def create(limits: Limits) -> Group:
     """A new group with these limits, beneath the one this process is in."""
     bases = _bases()
     assert bases is not None, "callers ask is_available() first"
-    name = f"{PREFIX}-{os.getpid()}-{next(_serial)}"
+    name = f"{owners.name(KIND)}{next(_serial)}"
     memory_base, pids_base, cpu_base, freezer_base = bases
     group = Group(memory_base / name, pids_base / name, cpu_base / name, freezer_base and freezer_base / name)
     for path in group.paths:
@@ -216,13 +210,32 @@ def can_freeze() -> bool:
 def remove_orphans() -> None:
     """Delete the empty groups that owners who died left behind."""
     for base in filter(None, set(_bases() or ())):
-        for path in base.glob(f"{PREFIX}-*-*"):
-            owner = path.name.split("-")[1]
-            if owner.isdigit() and not Path("/proc", owner).exists():
+        for path in base.glob(f"{owners.PREFIX}-{KIND}-*"):
+            owner = owners.owner_in(path.name)
+            if owner and owners.is_dead(owner):
                 with contextlib.suppress(OSError):
                     # A box that was frozen when its owner died could not notice, nor end.
                     thaw(path)
                     path.rmdir()
+
+
+def groups() -> list[Path]:
+    """The directories of every box on this machine, whoever made them."""
+    return sorted(MOUNT.glob(f"**/{owners.PREFIX}-{KIND}-*"))
+
+
+def remove(path: Path) -> None:
+    """Delete a directory. The kernel refuses while a killed process is not quite gone yet."""
+    for _ in range(100):
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            thaw(path)
+            time.sleep(0.002)
+        else:
+            return
 
 
 def thaw(path: Path) -> None:
@@ -245,7 +258,7 @@ def _bases() -> tuple[Path, Path, Path, Path | None] | None:
         return None
     try:
         if version() == 2:
-            base = MOUNT / PREFIX
+            base = MOUNT / owners.PREFIX
             base.mkdir(exist_ok=True)
             for folder in (MOUNT, base):
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))

@@ -673,7 +673,8 @@ class AgentSandbox:
                 await self._awake.wait()
         if not reply.done():
             self._fail(f"the agent did not answer operation {op} within {deadline_s:.0f} s")
-            self.kill()
+            # It may wait for processes to end, or for a daemon.
+            await asyncio.to_thread(self.kill)
         return reply.result()
 
     def _awake_s(self) -> float:

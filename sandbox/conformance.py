@@ -25,6 +25,7 @@ from unittest import SkipTest
 from posttrain.errors import RecipeError, SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecStatus, SandboxSpec
+from sandbox import leaks, owners
 from sandbox.conformance_agent import AGENT_CHECKS, AGENT_WHOLE
 from sandbox.conformance_escape import ESCAPE_CHECKS, ESCAPE_WHOLE
 from sandbox.conformance_files import FILE_CHECKS
@@ -40,6 +41,7 @@ from sandbox.qemu import FullVM, MicroVM
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=10.0)
 CHECK_DEADLINE_S = 60.0
+LEFT_DEADLINE_S = 5.0
 KINDS: Mapping[str, Substrate] = {
     "process": Process(),
     "container": Container(),
@@ -420,6 +422,8 @@ async def run(substrate: Substrate) -> dict[str, tuple[str, str]]:
         except (AssertionError, OSError, ValueError, SandboxError) as error:
             outcome[name] = ("FAIL", repr(error)[:600])
     await close_pools()
+    left = leaks.find(lambda owner: owner == owners.own(), patience_s=LEFT_DEADLINE_S)
+    outcome["nothing_is_left"] = ("FAIL", "; ".join(map(str, left))) if left else ("pass", "")
     return outcome
 
 

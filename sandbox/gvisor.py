@@ -51,7 +51,7 @@ RETURN_DEADLINE_S = 5.0
 HOST_TASKS = 256
 HOST_TASKS_PER_PROCESS = 16
 """How many threads and processes of the host a box takes: what bounds the payload is a limit within the box."""
-FOLDER, STDERR = "posttrain-gvisor-", "stderr"
+KIND, STDERR = "gvisor", "stderr"
 INSTALL = "install runsc (Debian: apt-get install runsc; else https://gvisor.dev/docs/user_guide/install)"
 
 
@@ -119,7 +119,7 @@ def _release(binary: str) -> str | None:
 @functools.cache
 def _trial(binary: str, platform: str) -> str:
     """Why ``runsc`` fails here; empty when it works."""
-    with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
+    with tempfile.TemporaryDirectory(prefix=owners.name(KIND)) as folder:
         argv = [*_runsc(binary, platform, Path(folder)), "do", "/bin/true"]
         try:
             # Without a terminal, since it would put this process into its background.
@@ -192,7 +192,7 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         channel = StreamChannel(*await asyncio.open_unix_connection(sock=ours, limit=1 << 20))
         undo.callback(channel.close)
         removal = undo.enter_context(contextlib.ExitStack())
-        folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{owners.own()}-"))
+        folder = Path(tempfile.mkdtemp(prefix=owners.name(KIND)))
         removal.callback(shutil.rmtree, folder, ignore_errors=True)
         (folder / "config.json").write_text(config)
         group = cgroups.create(_host_limits(spec))
@@ -244,7 +244,7 @@ def _runsc(binary: str, platform: str, folder: Path) -> list[str]:
 
 def _id(folder: Path) -> str:
     """The container's name: unique on this host, since runsc makes an abstract socket of it."""
-    return FOLDER + folder.name.rpartition("-")[2]
+    return f"{owners.PREFIX}-{folder.name.rpartition('-')[2]}"
 
 
 def _config(spec: SandboxSpec) -> dict[str, Any]:
@@ -299,8 +299,9 @@ def _end(jail: subprocess.Popen[bytes], group: cgroups.Group) -> None:
 
 def remove_orphans() -> None:
     """Remove what owners who died left behind: a sentry that did not notice, folders and groups."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        if owners.is_dead(folder.name.removeprefix(FOLDER).rpartition("-")[0]):
+    for folder in Path(tempfile.gettempdir()).glob(f"{owners.PREFIX}-{KIND}-*"):
+        owner = owners.owner_in(folder.name)
+        if owner and owners.is_dead(owner):
             for pid in mentioning(folder):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

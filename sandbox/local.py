@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import layers
+from sandbox import layers, owners
 from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
 
@@ -52,7 +52,7 @@ class LocalUnsafe:
             raise Unsupported(
                 f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"
             )
-        with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=owners.name("local"), ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():
                 await box.write(path, data)

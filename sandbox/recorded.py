@@ -180,8 +180,8 @@ class Recorder:
             with contextlib.suppress(KeyError, SandboxLost):
                 outcome = await _caught(recall(box, request, operation.op_id))
                 return await self._acknowledged(box, operation, outcome)
-        if operation.idempotent and box is not None:
-            return await self._execute(box, operation, request)
+        if operation.idempotent:
+            return await self._execute(self._living_box(), operation, request)
         raise Unknown(operation.seq, operation.op_id, operation.kind)
 
     async def _execute(self, box: Sandbox, operation: Operation, request: Request) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def nothing_left() -> Iterator[dict[int, set[Path]]]:
     assert noted
     assert all(noted.values()), "nothing was seen, so this proves nothing"
     for pid in noted:
-        assert list(Path("/sys/fs/cgroup").glob(f"**/posttrain-{pid}-*")) == []
+        assert list(Path("/sys/fs/cgroup").glob(f"**/posttrain-*:{pid}:*")) == []
     assert mounts() <= mounted
 
 

@@ -47,8 +47,8 @@ def substrate() -> Gvisor:
 
 def left_over() -> set[str]:
     """Folders, groups and processes of gVisor boxes on this host."""
-    groups = Path("/sys/fs/cgroup").glob(f"*/**/{cgroups.PREFIX}-{os.getpid()}-*")
-    folders = list(Path(tempfile.gettempdir()).glob(f"{gvisor.FOLDER}{owners.own()}-*"))
+    groups = Path("/sys/fs/cgroup").glob(f"*/**/{owners.name(cgroups.KIND)}*")
+    folders = list(Path(tempfile.gettempdir()).glob(f"{owners.name(gvisor.KIND)}*"))
     processes = [pid for folder in folders for pid in gvisor.mentioning(folder)]
     return {str(found) for found in (*groups, *folders, *processes)}
 
@@ -117,7 +117,7 @@ def test_a_killed_owner_leaves_no_process_and_its_folders_are_removed_by_the_nex
     assert folder.exists()
     gvisor.remove_orphans()
     assert not folder.exists()
-    assert list(Path("/sys/fs/cgroup").glob(f"*/**/{cgroups.PREFIX}-{owner.pid}-*")) == []
+    assert list(Path("/sys/fs/cgroup").glob(f"*/**/{owners.PREFIX}-{cgroups.KIND}-*:{owner.pid}:*")) == []
 
 
 def test_a_sentry_that_does_not_notice_is_killed_by_the_next_owner(substrate: Gvisor) -> None:

@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +226,6 @@ def test_replaying_every_kind_comes_out_the_same(substrate: Substrate, tmp_path:
             assert report.num_replayed == len(recorder.log.operations) > 20
 
     asyncio.run(play())
-
-
-@pytest.fixture
-def socket_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose socket has a short enough name."""
-    short = Path("/tmp") / f"edge-{uuid.uuid4().hex[:8]}"
-    short.symlink_to(tmp_path)
-    yield short
-    short.unlink()
 
 
 def test_a_box_at_the_edge_can_do_all_of_it_and_a_second_client_goes_on(
