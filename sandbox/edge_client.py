@@ -12,9 +12,9 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, SandboxSpec
@@ -22,73 +22,56 @@ from sandbox import wire
 from sandbox.edge import Hold
 from sandbox.recorded import Request, exec_request, unwrap
 
-RETRY_EVERY_S = 0.05
+RETRY_S = (0.05, 1.0)
+"""The first pause before trying again, and the longest; each is twice the one before."""
 PING = -1
 CANCEL_DEADLINE_S = 30.0
 
 
-class EdgeClient:
-    """A connection to the edge at a socket, made when it is first needed. An async context."""
+def packed(spec: SandboxSpec) -> dict[str, Any]:
+    """A spec as it travels."""
+    return {item.name: getattr(spec, item.name) for item in dataclasses.fields(spec)}
 
-    def __init__(self, path: Path, *, retry_s: float = 30.0) -> None:
+
+def value_of(reply: Mapping[str, Any]) -> Any:
+    """The value in a reply; raises the error in it."""
+    if "error" in reply:
+        raise wire.unpack_error(reply["error"])
+    return reply["value"]
+
+
+class Link(Protocol):
+    """A way to an edge."""
+
+    async def exchange(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The edge's reply to a request, asked again over whatever breaks; ``SandboxLost`` when that is given up.
+
+        Cancelling cancels it at the edge too.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+async def unknown() -> str:
+    """Nobody can say why the edge is away."""
+    return ""
+
+
+class SocketLink:
+    """The unix socket of an edge on this host, connected when it is first needed."""
+
+    def __init__(self, path: Path, *, retry_s: float, gone: Callable[[], Awaitable[str]] = unknown) -> None:
         self.path = path
         self.retry_s = retry_s
         """How long an edge may be away before its boxes count as lost."""
+        self._gone = gone
+        """Asked while it is away: why it will not come back, or nothing."""
         self._numbers = itertools.count()
         self._pending: dict[int, tuple[bytes, asyncio.Future[dict[str, Any]]]] = {}
         self._cancelled: set[int] = set()
         self._writer: asyncio.StreamWriter | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._renewing: dict[str, asyncio.Task[None]] = {}
-
-    async def __aenter__(self) -> EdgeClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.disconnect()
-
-    async def create(
-        self,
-        rollout_id: str,
-        spec: SandboxSpec,
-        *,
-        ttl_idle_s: float | None = None,
-        ttl_max_s: float | None = None,
-    ) -> EdgeSandbox:
-        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room."""
-        fields = {item.name: getattr(spec, item.name) for item in dataclasses.fields(spec)}
-        token = uuid.uuid4().hex
-        hold = await self.ask(
-            "create", rollout_id=rollout_id, spec=fields, token=token, ttl_idle_s=ttl_idle_s, ttl_max_s=ttl_max_s
-        )
-        return self._hold(Hold(**hold))
-
-    async def attach(self, rollout_id: str) -> EdgeSandbox:
-        """A rollout's box, from its first call on: what it did is answered from its log.
-
-        Whoever held it before is fenced off. ``KeyError`` when the rollout never had a box.
-        """
-        return self._hold(Hold(**await self.ask("attach", rollout_id=rollout_id)))
-
-    async def list(self) -> list[dict[str, Any]]:
-        """Every box the edge knows of, oldest first."""
-        boxes: list[dict[str, Any]] = await self.ask("list")
-        return boxes
-
-    async def disconnect(self) -> None:
-        """Stop renewing leases and hang up. Boxes that were not closed stay with the edge."""
-        tasks = [*self._renewing.values(), *([self._connecting] if self._connecting else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._fail("the client hung up")
-
-    async def ask(self, method: str, **arguments: Any) -> Any:
-        """The value of a request, or the error it raised at the edge."""
-        reply = await self.exchange(method, arguments)
-        if "error" in reply:
-            raise wire.unpack_error(reply["error"])
-        return reply["value"]
 
     async def exchange(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its reply, over as many connections as it takes."""
@@ -114,26 +97,12 @@ class EdgeClient:
             del self._pending[number]
             self._cancelled.discard(number)
 
-    def forget(self, box_id: str) -> None:
-        """Stop renewing the lease of a box."""
-        task = self._renewing.pop(box_id, None)
-        if task:
-            task.cancel()
-
-    def _hold(self, hold: Hold) -> EdgeSandbox:
-        self.forget(hold.box_id)
-        self._renewing[hold.box_id] = asyncio.create_task(self._renew(hold))
-        return EdgeSandbox(self, hold)
-
-    async def _renew(self, hold: Hold) -> None:
-        while True:
-            await asyncio.sleep(hold.lease_s / 3)
-            with contextlib.suppress(SandboxLost):
-                try:
-                    await self.ask("renew", box_id=hold.box_id, epoch=hold.epoch)
-                except SandboxError:
-                    # Fenced: the box has another client, which this one's next call will be told.
-                    return
+    async def close(self) -> None:
+        """Hang up."""
+        if self._connecting:
+            self._connecting.cancel()
+            await asyncio.wait({self._connecting})
+        self._fail("the client hung up")
 
     async def _stay_connected(self) -> None:
         """Connect, ask what is not answered, take replies; again when the edge goes away, while anyone waits."""
@@ -179,17 +148,21 @@ class EdgeClient:
             receiving.cancel()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        deadline = time.monotonic() + self.retry_s
+        deadline, pause_s = time.monotonic() + self.retry_s, RETRY_S[0]
         while True:
             try:
-                return await asyncio.open_unix_connection(self.path)
+                with wire.shortened(self.path) as short:
+                    return await asyncio.open_unix_connection(short)
             except (FileNotFoundError, ConnectionError) as error:
+                if reason := await self._gone():
+                    raise SandboxLost(reason) from error
                 if time.monotonic() >= deadline:
                     raise SandboxLost(
                         f"no edge at {self.path} for {self.retry_s:.0f} s ({error.strerror}); start it with "
                         f"python -m sandbox.edge --dir {self.path.parent}"
                     ) from error
-            await asyncio.sleep(RETRY_EVERY_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RETRY_S[1])
 
     def _resolve(self, reply: dict[str, Any]) -> None:
         number = reply["id"]
@@ -204,6 +177,89 @@ class EdgeClient:
         for _, reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(reason))
+
+
+class EdgeClient:
+    """A client of one edge: the one at a socket, or at the end of a link. An async context."""
+
+    def __init__(self, edge: Path | Link, *, retry_s: float = 30.0) -> None:
+        self.link: Link = SocketLink(edge, retry_s=retry_s) if isinstance(edge, Path) else edge
+        self._renewing: dict[str, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> EdgeClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.disconnect()
+
+    async def create(
+        self,
+        rollout_id: str,
+        spec: SandboxSpec,
+        *,
+        substrate: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        ttl_idle_s: float | None = None,
+        ttl_max_s: float | None = None,
+    ) -> EdgeSandbox:
+        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room."""
+        hold = await self.ask(
+            "create",
+            rollout_id=rollout_id,
+            spec=packed(spec),
+            token=uuid.uuid4().hex,
+            substrate=substrate,
+            labels=dict(labels or {}),
+            ttl_idle_s=ttl_idle_s,
+            ttl_max_s=ttl_max_s,
+        )
+        return self.hold(Hold(**hold))
+
+    async def attach(self, rollout_id: str) -> EdgeSandbox:
+        """A rollout's box, from its first call on: what it did is answered from its log.
+
+        Whoever held it before is fenced off. ``KeyError`` when the rollout never had a box.
+        """
+        return self.hold(Hold(**await self.ask("attach", rollout_id=rollout_id)))
+
+    async def list(self) -> list[dict[str, Any]]:
+        """Every box the edge knows of, oldest first."""
+        boxes: list[dict[str, Any]] = await self.ask("list")
+        return boxes
+
+    async def disconnect(self) -> None:
+        """Stop renewing leases and hang up. Boxes that were not closed stay with the edge."""
+        tasks = list(self._renewing.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.link.close()
+
+    async def ask(self, method: str, **arguments: Any) -> Any:
+        """The value of a request, or the error it raised at the edge."""
+        return value_of(await self.link.exchange(method, arguments))
+
+    def forget(self, box_id: str) -> None:
+        """Stop renewing the lease of a box."""
+        task = self._renewing.pop(box_id, None)
+        if task:
+            task.cancel()
+
+    def hold(self, hold: Hold) -> EdgeSandbox:
+        """The box that was handed out, whose lease is renewed from now on."""
+        self.forget(hold.box_id)
+        self._renewing[hold.box_id] = asyncio.create_task(self._renew(hold))
+        return EdgeSandbox(self, hold)
+
+    async def _renew(self, hold: Hold) -> None:
+        while True:
+            await asyncio.sleep(hold.lease_s / 3)
+            with contextlib.suppress(SandboxLost):
+                try:
+                    await self.ask("renew", box_id=hold.box_id, epoch=hold.epoch)
+                except SandboxError:
+                    # Fenced: the box has another client, which this one's next call will be told.
+                    return
 
 
 class EdgeSandbox:
@@ -251,17 +307,18 @@ class EdgeSandbox:
     async def call(self, request: Request, idempotent: bool = False) -> Any:
         """The next call of this client, given as a value."""
         position, self._position = self._position, self._position + 1
-        reply = await self._client.exchange(
-            "call",
-            {
-                "box_id": self.hold.box_id,
-                "epoch": self.hold.epoch,
-                "position": position,
-                "kind": request.kind,
-                "request": request.arguments,
-                "idempotent": idempotent,
-            },
-        )
+        arguments = {
+            "box_id": self.hold.box_id,
+            "epoch": self.hold.epoch,
+            "position": position,
+            "kind": request.kind,
+            "request": request.arguments,
+            "idempotent": idempotent,
+        }
+        try:
+            reply = await self._client.link.exchange("call", arguments)
+        except SandboxLost as error:
+            raise SandboxLost(f"box {self.hold.box_id} is out of reach: {error}") from error
         if "error" not in reply:
             return unwrap(reply["value"])
         if reply["refused"]:

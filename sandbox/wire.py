@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable, Unsupported
@@ -33,6 +36,16 @@ KINDS: Mapping[str, type[Exception]] = {
         OSError,
     )
 }
+
+
+@contextlib.contextmanager
+def shortened(path: Path) -> Iterator[str]:
+    """Another name of a socket, for the kernel takes no more than 107 bytes."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
 
 
 def pack(message: Mapping[str, Any]) -> bytes:

@@ -394,7 +394,7 @@ def test_a_restarted_edge_knows_what_it_held_and_what_was_done_there(tmp_path: P
     hold, other = asyncio.run(first_life())
     # As after kill -9: the state says that the boxes are there.
     with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as state:
-        state.execute("UPDATE boxes SET state = 'open'")
+        state.execute("UPDATE boxes SET state = 'open', ended_s = NULL")
     (tmp_path / "boxes" / other.box_id / "records").unlink()
 
     async def second_life() -> None:
