@@ -69,7 +69,7 @@ class WarmBoxes:
     @contextlib.asynccontextmanager
     async def open(self, substrate: Substrate, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
         """A fresh box, one that waits if there is any. A substrate with a pool of its own is left to it."""
-        if not self.max_warm or getattr(substrate, "warm", 0):
+        if not self.max_warm or getattr(substrate, "warm", False):
             async with substrate.open(spec) as box:
                 yield box
             return

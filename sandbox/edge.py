@@ -179,9 +179,9 @@ class Edge:
     ) -> Hold:
         """A fresh box for a rollout, of the edge's first substrate unless another is named.
 
-        Asking again with the same ``token`` gives the same box. Raises ``EdgeBusy``, ``ValueError`` when the rollout
-        has a box (attach to it), a lifetime is above the edge's limit or there is no such substrate, and what the
-        substrate raises.
+        Asking again with the same ``token`` gives the same box, or ``SandboxLost`` when it is gone. Raises
+        ``EdgeBusy``, ``ValueError`` when the rollout has a box (attach to it), a lifetime is above the edge's limit or
+        there is no such substrate, and what the substrate raises.
         """
         row = self._newest(rollout_id)
         if row and row["state"] not in GONE and row["token"] != token:
@@ -190,6 +190,8 @@ class Edge:
             )
         if row and row["token"] == token:
             box_id = str(row["box_id"])
+            if row["state"] in GONE:
+                raise SandboxLost(f"box {box_id} is gone: {row['cause']}; create another")
         else:
             kind = self._substrate(substrate)
             idle_s = self._lifetime("ttl_idle_s", ttl_idle_s)
@@ -278,14 +280,14 @@ class Edge:
             self._remove(box, cause)
             await asyncio.wait({box.keeper})
 
+    def census(self, also: Collection[str] = ()) -> list[dict[str, Any]]:
+        """What ``list`` says of the boxes that are not gone, and of those named."""
+        query = f"SELECT {COLUMNS} FROM boxes WHERE ended_s IS NULL OR box_id IN (SELECT value FROM json_each(?))"
+        return [_described(row) for row in self._db.execute(query, (json.dumps(list(also)),))]
+
     def list(self) -> list[dict[str, Any]]:
         """Every box whose log is kept, oldest first: ids, labels, state, cause, times in seconds since 1970."""
         return [_described(row) for row in self._db.execute(f"SELECT {COLUMNS} FROM boxes ORDER BY rowid")]
-
-    def census(self, also: Collection[str] = ()) -> list[dict[str, Any]]:
-        """The same of the boxes that are not gone, and of those named."""
-        query = f"SELECT {COLUMNS} FROM boxes WHERE ended_s IS NULL OR box_id IN (SELECT value FROM json_each(?))"
-        return [_described(row) for row in self._db.execute(query, (json.dumps(list(also)),))]
 
     async def sweep(self) -> None:
         """Look after every box once: end what is too old or idle, pause what nobody attends, find what is dead."""

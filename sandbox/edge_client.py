@@ -140,6 +140,8 @@ class SocketLink:
                     heard_at = time.monotonic()
                     self._resolve(reply)
                     receiving = asyncio.create_task(wire.receive(reader))
+                elif reason := await self._gone():
+                    raise SandboxLost(reason)
                 elif time.monotonic() - heard_at >= self.retry_s:
                     raise SandboxLost(f"the edge at {self.path} is there and has not answered for {self.retry_s:.0f} s")
                 else:

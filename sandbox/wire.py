@@ -15,6 +15,7 @@ from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnav
 from sandbox.edge import EdgeBusy
 from sandbox.log import Fenced, LogDamaged, decode, encode
 from sandbox.recorded import Diverged, Unknown
+from sandbox.registry import QuotaExceeded
 
 LENGTH = struct.Struct("!I")
 MAX_FRAME = 256 << 20
@@ -30,6 +31,7 @@ KINDS: Mapping[str, type[Exception]] = {
         Unknown,
         LogDamaged,
         EdgeBusy,
+        QuotaExceeded,
         RecipeError,
         ValueError,
         KeyError,
