@@ -389,7 +389,8 @@ class Watcher:
         if silent_s < deadline_s:
             return
         if edge["state"] != "lost":
-            self._registry.lose_edge(edge["name"], f"it has not answered for {silent_s:.0f} s ({error!r:.200})")
+            kind = type(error).__name__
+            self._registry.lose_edge(edge["name"], f"it has not answered for {silent_s:.0f} s ({kind})")
         ray.kill(actor)
 
     def _start(self, edge: str, node_id: str) -> None:

@@ -143,7 +143,8 @@ class Registry:
 
     def boxes(self) -> list[dict[str, Any]]:
         """Every box whose log is kept, oldest first: ids, edge, labels, state, cause, times in seconds since 1970."""
-        return [_described(row) for row in self._db.execute("SELECT * FROM boxes ORDER BY rowid")]
+        columns = "box_id, rollout_id, edge, substrate, labels, state, cause, created_s, deadline_s, ended_s"
+        return [_described(row) for row in self._db.execute(f"SELECT {columns} FROM boxes ORDER BY rowid")]
 
     def newest(self, rollout_id: str) -> dict[str, Any] | None:
         """The latest box of a rollout."""
