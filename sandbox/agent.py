@@ -37,6 +37,7 @@ HEADER = struct.Struct("!IBI")
 LENGTH = struct.Struct("!I")
 CONFIG, READY, EXEC, CANCEL, READ, WRITE, LIST, OK, FAILED = range(9)
 EVENT, RESULT_OF, ACKNOWLEDGE, EXTEND, DOWNLOAD = range(9, 14)
+NAMED, SLEPT = 30, 31
 
 KILL_DEADLINE_S = 5.0
 """A payload that survives SIGKILL this long is stuck in the kernel; the agent gives the box up."""
@@ -45,6 +46,7 @@ FLOOD_BYTES = 8 << 20
 REAP_EVERY_S = 0.1
 RESULTS_BYTES = 8 << 20
 """Results kept for a host that asks again, all together; the oldest go first."""
+UNKNOWN_NAME = errno.ENOMSG
 FOREVER = float("inf")
 MAX_LISTED = 100_000
 MAX_DEPTH = 64
@@ -246,15 +248,12 @@ def pack_result(
 
 
 class Command(Guest):
-    """One running command, answered when it has ended. ``key`` is the host's name for it; empty for none."""
+    """One running command, answered when it has ended."""
 
-    def __init__(self, agent: Agent, op: int, uid: int, pid: int, *, key: bytes, cap: int, stdin: bytes) -> None:
+    def __init__(self, agent: Agent, op: int, uid: int, pid: int, *, cap: int, stdin: bytes) -> None:
         super().__init__(agent, op, uid, pid)
-        self.key = key
         self.stdin = memoryview(stdin)
         self.captures = [Capture(cap), Capture(cap)]
-        self.askers = [op]
-        """The operations to answer: the one that started it, and retries of it."""
 
     def pump(self, fd: int, which: int) -> None:
         if which == 0:
@@ -287,12 +286,7 @@ class Command(Guest):
         if failed and most and len(processes_of(self.uid)) >= max(1, most - 1):
             self.verdict = "pids_limit"
         self.stop()
-        body = self.result()
-        if self.key:
-            self.agent.keep(self.key, body)
-        for op in self.askers:
-            self.agent.ops.pop(op, None)
-            send(op, OK, body)
+        send(self.op, OK, self.result())
 
 
 class Agent:
@@ -314,12 +308,16 @@ class Agent:
         self.by_pid: dict[int, Guest] = {}
         self.streams: dict[int, tuple[Guest, int]] = {}
         """Descriptor -> whose it is and which of its descriptors."""
-        self.results: dict[bytes, bytes] = {}
-        """Of commands that had a key, until the host acknowledges them."""
+        self.results: dict[bytes, tuple[int, bytes]] = {}
+        """Replies to operations that had a name, until the host acknowledges them."""
+        self.askers: dict[bytes, list[int]] = {}
+        """Of each named operation that is not over: the frames to answer, the one that began it and retries of it."""
         self.handlers: dict[int, Callable[[int, list[bytes]], None]] = {
             EXEC: self._start,
+            NAMED: self._take_named,
             RESULT_OF: self._tell_result,
             ACKNOWLEDGE: self._forget,
+            SLEPT: self._sleep_in,
             EXTEND: self._extend,
             DOWNLOAD: self._download,
         }
@@ -338,7 +336,10 @@ class Agent:
         """Answer frames until the host hangs up."""
         send(0, READY)
         while True:
-            for fd, _ in self.poller.poll(self._patience_ms()):
+            ready = self.poller.poll(self._patience_ms())
+            # Before the frames are taken: should the box be frozen from here on, no time has passed for its deadlines.
+            now = time.monotonic()
+            for fd, _ in ready:
                 if fd == 0:
                     self._take(*receive())
                 elif fd in self.streams:
@@ -347,7 +348,6 @@ class Agent:
                 elif fd == self.wakeup:
                     read_available(fd)
             self.reap()
-            now = time.monotonic()
             for guest in list(self.guests.values()):
                 guest.tick(now)
 
@@ -360,8 +360,9 @@ class Agent:
     def _take(self, op: int, kind: int, body: bytes) -> None:
         fields = unpack(body)
         if kind == CANCEL:
-            if op in self.ops:
-                self.ops[op].cancel()
+            first = next((askers[0] for askers in self.askers.values() if op in askers), op)
+            if first in self.ops:
+                self.ops[first].cancel()
             return
         try:
             if kind in self.handlers:
@@ -375,16 +376,8 @@ class Agent:
 
     def _start(self, op: int, fields: list[bytes]) -> None:
         timeout_us, cap, num_args = (int(field) for field in fields[:3])
-        stdin, key, cwd = fields[3:6]
-        argv, env = fields[6 : 6 + num_args], read_env(fields[6 + num_args :])
-        if key in self.results:
-            send(op, OK, self.results[key])
-            return
-        running = self._running(key)
-        if running:
-            running.askers.append(op)
-            self.ops[op] = running
-            return
+        stdin, cwd = fields[3:5]
+        argv, env = fields[5 : 5 + num_args], read_env(fields[5 + num_args :])
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         started = None
         try:
@@ -396,16 +389,12 @@ class Agent:
         if started is None:
             send(op, OK, pack_result("pids_limit"))
             return
-        command = Command(self, op, *started, key=key, cap=cap, stdin=stdin)
+        command = Command(self, op, *started, cap=cap, stdin=stdin)
         command.deadline = command.started + timeout_us / 1e6
         for which, fd in enumerate((ends[0][1], ends[1][0], ends[2][0])):
             command.watch(fd, which, select.POLLOUT if which == 0 else READABLE)
         if not stdin:
             command.drop(ends[0][1])
-
-    def _running(self, key: bytes) -> Command | None:
-        found = [guest for guest in self.guests.values() if key and isinstance(guest, Command) and guest.key == key]
-        return found[0] if found else None
 
     def launch(
         self,
@@ -440,23 +429,44 @@ class Agent:
             for fd in ends | ({folder} if folder >= 0 else set()):
                 os.close(fd)
 
-    def keep(self, key: bytes, body: bytes) -> None:
-        self.results[key] = body
-        while len(self.results) > 1 and sum(map(len, self.results.values())) > RESULTS_BYTES:
+    def _take_named(self, op: int, fields: list[bytes]) -> None:
+        """Do what a frame asks for unless an earlier one of this name has: name, kind and body of the frame."""
+        name, kind, body = fields
+        if self._answer(op, name):
+            return
+        self.askers[name] = [op]
+        on_reply[op] = lambda kind, reply: self._keep(name, kind, reply)
+        self._take(op, int(kind), body)
+
+    def _answer(self, op: int, name: bytes) -> bool:
+        """Give a frame what the operation of this name came to, now or when it is over. False for an unknown name."""
+        if name in self.results:
+            send(op, *self.results[name])
+        elif name in self.askers:
+            self.askers[name].append(op)
+        else:
+            return False
+        return True
+
+    def _keep(self, name: bytes, kind: int, body: bytes) -> None:
+        self.results[name] = kind, body
+        while len(self.results) > 1 and sum(len(reply) for _, reply in self.results.values()) > RESULTS_BYTES:
             del self.results[next(iter(self.results))]
+        for op in self.askers.pop(name)[1:]:
+            send(op, kind, body)
 
     def _tell_result(self, op: int, fields: list[bytes]) -> None:
-        running = self._running(fields[0])
-        if fields[0] in self.results:
-            send(op, OK, self.results[fields[0]])
-        elif running:
-            running.askers.append(op)
-        else:
-            raise OSError(errno.ENOENT, "no command of this name is known")
+        if not self._answer(op, fields[0]):
+            raise OSError(UNKNOWN_NAME, "no operation of this name is known")
 
     def _forget(self, op: int, fields: list[bytes]) -> None:
         self.results.pop(fields[0], None)
-        send(op, OK)
+
+    def _sleep_in(self, op: int, fields: list[bytes]) -> None:
+        """The box was frozen for so many microseconds, which count for nobody."""
+        for guest in self.guests.values():
+            guest.started += int(fields[0]) / 1e6
+            guest.deadline += int(fields[0]) / 1e6
 
     def _extend(self, op: int, fields: list[bytes]) -> None:
         """Run a further module of the agent, which may import from this one by its name on the host."""
@@ -501,10 +511,10 @@ class Agent:
             if first:
                 first.wait_status = status
 
-    def as_payload(self, action: Callable[[], T]) -> T:
-        """Do something with the rights of the first payload uid."""
+    def as_payload(self, action: Callable[[], T], uid: int = 0) -> T:
+        """Do something with the rights of a payload uid, the first one unless another is named."""
         os.setegid(self.gid)
-        os.seteuid(self.first_uid)
+        os.seteuid(uid or self.first_uid)
         try:
             return action()
         finally:
@@ -541,7 +551,13 @@ def wake_on_sigchld() -> int:
     return read_end
 
 
+on_reply: dict[int, Callable[[int, bytes], None]] = {}
+"""Called with the kind and the body of the reply to an operation."""
+
+
 def send(op: int, kind: int, body: bytes = b"") -> None:
+    if kind in (OK, FAILED) and op in on_reply:
+        on_reply.pop(op)(kind, body)
     view = memoryview(HEADER.pack(op, kind, len(body)) + body)
     while view:
         view = view[os.write(1, view) :]
@@ -735,7 +751,7 @@ def answer_file_request(workdir: str, kind: int, fields: list[bytes]) -> bytes:
     if kind == READ:
         return read_file(workdir, fields[0], int(fields[1]), int(fields[2]) if fields[2:] else None)
     if kind == WRITE:
-        return write_file(workdir, fields[0], fields[1], 0o777 if fields[2:] == [b"x"] else 0o666)
+        return write_file(workdir, fields[0], fields[1], int(fields[2]) if fields[2:] else None)
     if kind == LIST:
         return describe_files(workdir, fields[0]) if fields[1:] else list_files(workdir, fields[0])
     raise ValueError(f"unknown operation {kind}")
@@ -808,15 +824,17 @@ def read_tree(workdir: str, path: bytes, max_entries: int, max_bytes: int) -> It
             os.close(fd)
 
 
-def write_file(workdir: str, path: bytes, data: bytes, mode: int = 0o666) -> bytes:
+def write_file(workdir: str, path: bytes, data: bytes, mode: int | None = None) -> bytes:
     *folders, name = split(path)
     folder = open_folder(workdir, folders, create=True)
     temporary = b".%s.%d" % (name[:200], time.monotonic_ns())
     try:
         fd = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=folder
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=folder
         )
         try:
+            if mode is not None:
+                os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]

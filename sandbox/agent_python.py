@@ -126,7 +126,7 @@ class Call(Command):
     """One call of the fork server. The forked process is the fork server's child, which reports how it ended."""
 
     def __init__(self, server: ForkServer, op: int, uid: int, *, cap: int, stdin: bytes, before: set[str]) -> None:
-        super().__init__(server.agent, op, uid, 0, key=b"", cap=cap, stdin=stdin)
+        super().__init__(server.agent, op, uid, 0, cap=cap, stdin=stdin)
         self.server = server
         self.before = before
 

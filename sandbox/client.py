@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import marshal
+import math
+import os
 import resource
 import stat
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, Protocol
 
-from posttrain.errors import SandboxError, SandboxLost
+from posttrain.errors import SandboxError, SandboxLost, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import agent, agent_python, agent_streams
+from sandbox import agent, agent_files, agent_python, agent_streams, layers
 from sandbox.cgroups import Hits
+from sandbox.layers import Snapshot
 from sandbox.streams import Job, Session
 from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
 
@@ -33,6 +39,11 @@ START_DEADLINE_S = 60.0
 REPLY_GRACE_S = 20.0
 """How long past a command's own limit the host waits for the agent before it calls the box lost."""
 FILE_DEADLINE_S = 30.0
+SNAPSHOT_DEADLINE_S = 300.0
+BATCH_BYTES, BATCH_ENTRIES = 1 << 20, 1000
+"""Of a layer, what is sent at a time."""
+LAYER_KINDS = {"file": agent_files.FILE, "directory": agent_files.FOLDER, "link": agent_files.LINK}
+EXECUTABLE = 0o775
 AGENT_MEMORY_MB = 24
 TMP_MB = 16
 """Size of /tmp, beside the ``disk_mb`` of the workdir."""
@@ -97,18 +108,36 @@ class AgentSandbox:
     """An open box. Made by a substrate, which also removes it."""
 
     def __init__(
-        self, channel: Channel, spec: SandboxSpec, *, hits: Callable[[], Hits] | None, kill: Callable[[], None]
+        self,
+        channel: Channel,
+        spec: SandboxSpec,
+        *,
+        hits: Callable[[], Hits] | None,
+        kill: Callable[[], None],
+        freeze: Callable[[bool], None] | None = None,
     ) -> None:
         self.spec = spec
-        self.kill = kill
-        """Kill the box now, from outside. What is pending raises ``SandboxLost``."""
         self._channel = channel
         self._hits = hits
+        self._counted: dict[str, tuple[Hits | None, Hits | None]] = {}
+        """Kernel counters from before and after each named operation, until it is acknowledged."""
+        self._kill = kill
+        self._freeze = freeze
+        self._changing = asyncio.Lock()
+        """Held while the box is paused or resumed."""
+        self.paused = False
+        self._awake = asyncio.Event()
+        """Set while it is not paused, and once it is lost."""
+        self._awake.set()
+        self._paused_at = self._slept_s = 0.0
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._held = 0
         self._ops = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Fields]] = {}
         self._events: dict[int, Callable[[Fields], None]] = {}
+        self._sessions: dict[str, Session] = {}
+        self._jobs: dict[str, Job] = {}
+        """By the name of the operation that opened them, for as long as the box lives."""
         self._parts: set[str] = set()
         self._calling = asyncio.Lock()
         self._sending = asyncio.Lock()
@@ -147,33 +176,139 @@ class AgentSandbox:
         ``max_output`` bounds each stream: its head and its tail are kept, with one line saying how much is missing
         between them. A command that goes on to print 8 MiB more is killed (``OUTPUT_LIMIT``).
 
-        ``cwd`` is relative to the workdir and reached without following links (``OSError`` as for a file). A command
-        with an ``op_id`` runs once: a second one of that name gets the result of the first, which the box keeps until
-        ``acknowledge``.
+        ``cwd`` is relative to the workdir and reached without following links (``OSError`` as for a file).
+
+        Whatever takes an ``op_id``, here and below, happens once: a second request of that name gets what the first
+        came to, which the box keeps until ``acknowledge``.
         """
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         argv = check_argv(command)
         _check_limits(limit_s, max_output)
         pairs = _pairs(env)
         folder = check_path(cwd, allow_workdir=True)
-        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, op_id, folder, *argv, *pairs)
+        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, folder, *argv, *pairs)
         self.spoiled = self.spoiled or "a command ran in it"
         async with self._slots:
-            return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S))[0]
+            return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S, op_id=op_id))[0]
 
-    async def result_of(self, op_id: str, *, timeout_s: float = START_DEADLINE_S) -> ExecResult:
-        """The result of an ``exec`` with this ``op_id``; waits for one that runs. ``KeyError`` for an unknown one.
+    async def result_of(self, op_id: str) -> Any:
+        """What the operation of this name gave, waiting while it runs; raises what it raised.
 
-        Whether a limit of the whole box was hit (``OOM``, ``PIDS_LIMIT``) is not known any more.
+        None for one that gives nothing, its own name for one that opened a session or a job, which ``handle`` finds.
+        ``KeyError`` for a name that the box does not know, or has forgotten.
         """
+        if op_id in self._sessions or op_id in self._jobs:
+            return op_id
         try:
-            return _result(await self.ask(agent.RESULT_OF, agent.pack(op_id), timeout_s), None, None)
-        except FileNotFoundError as error:
-            raise KeyError(op_id) from error
+            fields = await self.ask(agent.RESULT_OF, agent.pack(op_id), None)
+        except OSError as error:
+            if error.errno == agent.UNKNOWN_NAME:
+                raise KeyError(op_id) from error
+            raise
+        before, after = self._counted.get(op_id, (None, None))
+        return _result(fields, before, after or self._count()) if fields else None
 
     async def acknowledge(self, op_id: str) -> None:
-        """Let the box forget a result. Unknown names are ignored."""
-        await self.ask(agent.ACKNOWLEDGE, agent.pack(op_id))
+        """Let the box forget a result. Unknown names are ignored. The box takes one frame after the other: no wait."""
+        self._counted.pop(op_id, None)
+        await self.tell(agent.ACKNOWLEDGE, agent.pack(op_id))
+
+    def handle(self, op_id: str) -> Session | Job:
+        """The session or the job that the operation of this name opened. ``KeyError`` when the box has none."""
+        return self._sessions[op_id] if op_id in self._sessions else self._jobs[op_id]
+
+    async def pause(self) -> None:
+        """Stop everything in the box where it is. Whatever is asked of it next resumes it.
+
+        Time that passes meanwhile counts for no limit. ``Unsupported`` where there is no freezer.
+        """
+        if self._freeze is None:
+            raise Unsupported("this box cannot be paused: there is no freezer control group that may be written")
+        async with self._changing:
+            if self._lost:
+                raise SandboxLost(self._lost)
+            if self.paused:
+                return
+            self.paused, self._paused_at = True, time.monotonic()
+            self._awake.clear()
+            try:
+                await _to_the_end(self._freeze, True)
+            except BaseException:
+                self._thaw()
+                raise
+
+    async def resume(self) -> None:
+        """Let the box go on. Nothing happens when it is not paused."""
+        if not self.paused or self._freeze is None:
+            return
+        async with self._changing:
+            if not self.paused:
+                return
+            # Told first, so that the agent knows it before it looks at any deadline.
+            slept_s = time.monotonic() - self._paused_at
+            body = agent.pack(int(slept_s * 1e6))
+            await self._send(agent.HEADER.pack(0, agent.SLEPT, len(body)) + body)
+            try:
+                await _to_the_end(self._freeze, False)
+            finally:
+                self._slept_s += slept_s
+                self.paused = False
+                self._awake.set()
+
+    def kill(self) -> None:
+        """Kill the box now, from outside. What is pending raises ``SandboxLost``."""
+        self._thaw()
+        self._kill()
+
+    def _thaw(self) -> None:
+        """Before it is killed: a frozen process may be out of reach of every signal."""
+        if self._freeze and self.paused:
+            with contextlib.suppress(SandboxError):
+                self._freeze(False)
+            self.paused = False
+            self._awake.set()
+
+    async def snapshot(self) -> Snapshot:
+        """Keep the content of the workdir as a layer. ``SandboxSpec(image=snapshot.image)`` begins with it.
+
+        Files that are written meanwhile are kept as long as they were when they were read. What is no directory,
+        regular file or link, and a file with holes, is a ``ValueError``; what may not be read is an ``OSError``.
+        """
+        await self._load(agent_files)
+        op = next(self._ops)
+        with layers.Draft() as draft:
+            try:
+                self._events[op] = functools.partial(_draw, draft)
+                body = agent.pack(layers.MAX_ENTRIES, layers.MAX_BYTES)
+                await self.ask(agent_files.SCAN, body, SNAPSHOT_DEADLINE_S, op=op)
+            finally:
+                del self._events[op]
+            kept = await asyncio.to_thread(draft.keep)
+        return replace(kept, image=layers.commit(self.spec.image, kept.digest))
+
+    async def lay(self, digest: str) -> None:
+        """Put the content of a layer in place; what is there stays, unless the layer has an entry of that name.
+
+        ``SandboxError`` when there is no such layer, ``OSError`` when it does not fit, as on a full disk.
+        """
+        self.spoiled = self.spoiled or "a layer was laid into it"
+        await self._load(agent_files)
+        batch: list[bytes] = []
+        closed: list[bytes] = []
+        for node, pieces in layers.read(digest):
+            kind = LAYER_KINDS[node.kind]
+            # A directory stays open to be filled, and gets its own permissions at the end.
+            mode = node.mode | 0o700 if node.kind == "directory" else node.mode
+            if mode != node.mode:
+                closed.insert(0, agent.pack(kind, node.path, node.mode, 0, 0, 0, b""))
+            offset = 0
+            for piece in pieces if node.size else [os.fsencode(node.target)]:
+                batch.append(agent.pack(kind, node.path, mode, node.modified_ns, node.size, offset, piece))
+                offset += len(piece)
+                if sum(map(len, batch)) > BATCH_BYTES or len(batch) >= BATCH_ENTRIES:
+                    await self.ask(agent_files.LAY, b"".join(batch))
+                    batch = []
+        await self.ask(agent_files.LAY, b"".join((*batch, *closed)))
 
     async def call(
         self,
@@ -184,6 +319,7 @@ class AgentSandbox:
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        op_id: str = "",
     ) -> ExecResult:
         """Run a Python program as ``python3 -I -c`` would, forked from a started interpreter. One at a time.
 
@@ -197,13 +333,15 @@ class AgentSandbox:
             spoiled, self.spoiled = self.spoiled, self.spoiled or "a call did not return"
             self.num_calls += 1
             await self._load(agent_python)
-            result, fields = await self.command(agent_python.CALL, body, limit_s + REPLY_GRACE_S)
+            result, fields = await self.command(agent_python.CALL, body, limit_s + REPLY_GRACE_S, op_id=op_id)
         ended = result.status in (ExecStatus.EXITED, ExecStatus.SIGNALED)
         self.spoiled = spoiled or fields[10].decode("utf-8", "replace") or ("" if ended else result.status.value)
         return result
 
-    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> Session:
+    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None, op_id: str = "") -> Session:
         """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
+        if op_id in self._sessions:
+            return self._sessions[op_id]
         body = agent.pack(check_path(cwd, allow_workdir=True), *_pairs(env))
         op = await self._hold()
         session = Session(self, op)
@@ -220,6 +358,8 @@ class AgentSandbox:
         except BaseException:
             released()
             raise
+        if op_id:
+            self._sessions[op_id] = session
         return session
 
     async def spawn(
@@ -230,11 +370,14 @@ class AgentSandbox:
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
         tty: tuple[int, int] | None = None,
+        op_id: str = "",
     ) -> Job:
         """Start a program whose output is read as it comes; ``tty`` is the rows and columns of a terminal for it.
 
         Without ``timeout_s`` it runs until it ends, is killed, or the box is closed. What it started ends with it.
         """
+        if op_id in self._jobs:
+            return self._jobs[op_id]
         argv = check_argv(command)
         size = f"{tty[0]}x{tty[1]}" if tty else ""
         folder = check_path(cwd, allow_workdir=True)
@@ -258,12 +401,14 @@ class AgentSandbox:
         if not job.started.done():
             # Raises why it could not be started.
             await end
+        if op_id:
+            self._jobs[op_id] = job
         return job
 
     async def _end_of_job(self, op: int, body: bytes) -> ExecResult:
-        before = self._hits() if self._hits else None
+        before = self._count()
         fields = await self.ask(agent_streams.SPAWN, body, None, op=op)
-        return _result(fields, before, self._hits() if self._hits else None)
+        return _result(fields, before, self._count())
 
     async def read(self, path: str, *, max_bytes: int = 1 << 20, offset: int | None = None) -> bytes:
         """Content of a regular file. A symbolic link anywhere in the path is an ``OSError`` (ELOOP or ENOTDIR).
@@ -274,10 +419,16 @@ class AgentSandbox:
         (data,) = await self._file_call(agent.READ, path, max_bytes, *more)
         return data
 
-    async def write(self, path: str, data: bytes) -> None:
-        """Create or replace a file, atomically, with its parent directories. A full disk is an ``OSError``."""
+    async def write(self, path: str, data: bytes, *, mode: int | None = None, op_id: str = "") -> None:
+        """Create or replace a file, atomically, with its parent directories. A full disk is an ``OSError``.
+
+        ``mode`` are its permission bits; by default, those of a file that a command creates.
+        """
+        if mode is not None and not 0 <= mode <= 0o777:
+            raise ValueError(f"mode = {mode:o}: expected permission bits, 0 to 777")
         self.spoiled = self.spoiled or "a file was written"
-        await self._file_call(agent.WRITE, path, data)
+        relative = check_path(path)
+        await self.ask(agent.WRITE, agent.pack(relative, data, *(() if mode is None else (mode,))), op_id=op_id)
 
     async def list(self, path: str = ".") -> list[str]:
         """Regular files below a directory, relative to the workdir, sorted. ``ValueError`` above 100,000 entries."""
@@ -295,6 +446,7 @@ class AgentSandbox:
         *,
         max_entries: int = MAX_ENTRIES,
         max_bytes: int = MAX_BYTES,
+        op_id: str = "",
     ) -> None:
         """Write the files of a mapping or an uncompressed tar archive below a directory.
 
@@ -306,12 +458,15 @@ class AgentSandbox:
         found = read_files(files, max_entries=max_entries, max_bytes=max_bytes)
         targets = [check_path(f"{prefix}/{check_path(file.path)}") for file in found]
         self.spoiled = self.spoiled or "a file was written"
-        for start in range(0, len(found), WRITES_AT_ONCE):
-            batch = list(zip(targets, found, strict=True))[start : start + WRITES_AT_ONCE]
-            await asyncio.gather(*(self._write(target, file) for target, file in batch))
+        pairs = list(zip(targets, found, strict=True))
+        for start in range(0, len(pairs) - 1, WRITES_AT_ONCE):
+            await asyncio.gather(*(self._put(*pair) for pair in pairs[:-1][start : start + WRITES_AT_ONCE]))
+        # The last one has the name: when the box knows that one, all are written.
+        for pair in pairs[-1:]:
+            await self._put(*pair, op_id=op_id)
 
-    async def _write(self, target: str, file: File) -> None:
-        await self._file_call(agent.WRITE, target, file.data, *((b"x",) if file.executable else ()))
+    async def _put(self, target: str, file: File, *, op_id: str = "") -> None:
+        await self.write(target, file.data, mode=EXECUTABLE if file.executable else None, op_id=op_id)
 
     async def download(
         self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
@@ -354,6 +509,7 @@ class AgentSandbox:
 
     def close(self) -> None:
         """Stop talking to the box; what is pending raises ``SandboxLost``."""
+        self._thaw()
         self._fail("the box was closed")
         if self._pump:
             self._pump.cancel()
@@ -398,24 +554,32 @@ class AgentSandbox:
 
         return release
 
-    async def signal(self, op: int, number: int) -> None:
+    async def signal(self, op: int, number: int, *, op_id: str = "") -> None:
         """For sessions and jobs: a signal to its process group, or SIGKILL to all it has. Ended is not an error."""
         try:
-            await self.ask(agent_streams.SIGNAL, agent.pack(op, number))
+            await self.ask(agent_streams.SIGNAL, agent.pack(op, number), op_id=op_id)
         except ProcessLookupError:
             return
 
     async def tell(self, kind: int, body: bytes) -> None:
         """Send what has no answer."""
         if not self._lost:
+            await self.resume()
             await self._send(agent.HEADER.pack(0, kind, len(body)) + body)
 
-    async def command(self, kind: int, body: bytes, deadline_s: float) -> tuple[ExecResult, Fields]:
+    async def command(self, kind: int, body: bytes, deadline_s: float, *, op_id: str = "") -> tuple[ExecResult, Fields]:
         """Ask for something that ends as a command does, and can be cancelled."""
-        before = self._hits() if self._hits else None
-        fields = await self.ask(kind, body, deadline_s, cancels=True)
-        after = self._hits() if self._hits else None
+        before = self._counted.get(op_id, (None, None))[0] or self._count()
+        if op_id:
+            self._counted[op_id] = before, None
+        fields = await self.ask(kind, body, deadline_s, cancels=True, op_id=op_id)
+        after = self._counted.get(op_id, (None, None))[1] or self._count()
+        if op_id:
+            self._counted[op_id] = before, after
         return _result(fields, before, after), fields
+
+    def _count(self) -> Hits | None:
+        return self._hits() if self._hits else None
 
     async def ask(
         self,
@@ -424,6 +588,7 @@ class AgentSandbox:
         deadline_s: float | None = FILE_DEADLINE_S,
         *,
         op: int | None = None,
+        op_id: str = "",
         cancels: bool = False,
     ) -> Fields:
         """Send a request and wait for its reply, for ever without a deadline. The session's and job's way in, too.
@@ -431,16 +596,20 @@ class AgentSandbox:
         Raises what the agent replied (``OSError``, ``ValueError``) or ``SandboxLost``.
         """
         op = next(self._ops) if op is None else op
+        if op_id:
+            kind, body = agent.NAMED, agent.pack(op_id, kind, body)
         reply: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         if self._lost:
             raise SandboxLost(self._lost)
         self._pending[op] = reply
         try:
+            await self.resume()
             await self._send(agent.HEADER.pack(op, kind, len(body)) + body)
             return await self._await(op, reply, deadline_s)
         except asyncio.CancelledError:
             # Only when the agent has answered is everything dead and the uid free again.
             if cancels and not self._lost:
+                await self.resume()
                 await self._send(agent.HEADER.pack(op, agent.CANCEL, 0))
                 await asyncio.wait({reply}, timeout=REPLY_GRACE_S)
             raise
@@ -448,12 +617,20 @@ class AgentSandbox:
             self._pending.pop(op, None)
 
     async def _await(self, op: int, reply: asyncio.Future[Fields], deadline_s: float | None) -> Fields:
-        # asyncio.wait, since a cancelled wait_for would cancel the reply that cancelling still needs.
-        done, _ = await asyncio.wait({reply}, timeout=deadline_s)
-        if not done:
+        until = math.inf if deadline_s is None else self._awake_s() + deadline_s
+        while not reply.done() and (left := until - self._awake_s()) > 0:
+            # asyncio.wait, since a cancelled wait_for would cancel the reply that cancelling still needs.
+            await asyncio.wait({reply}, timeout=None if deadline_s is None else left)
+            if not reply.done():
+                await self._awake.wait()
+        if not reply.done():
             self._fail(f"the agent did not answer operation {op} within {deadline_s:.0f} s")
             self.kill()
         return reply.result()
+
+    def _awake_s(self) -> float:
+        """A clock that stands still while the box is paused."""
+        return (self._paused_at if self.paused else time.monotonic()) - self._slept_s
 
     async def _send(self, data: bytes) -> None:
         try:
@@ -491,11 +668,22 @@ class AgentSandbox:
 
     def _fail(self, reason: str) -> None:
         self._lost = self._lost or reason
+        self._awake.set()
         for reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(self._lost))
                 # Retrieved here, since nobody may be waiting any more.
                 reply.exception()
+
+
+async def _to_the_end(function: Callable[[bool], None], argument: bool) -> None:
+    """Run something in a thread. Cancelling waits for its end, too."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, argument))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _check_limits(timeout_s: float, max_output: int) -> None:
@@ -607,10 +795,38 @@ def _program() -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in _compiled(agent))
 
 
+def bare(spec: SandboxSpec) -> SandboxSpec:
+    """The box to start for a spec: what ``write_files`` puts in place is left out."""
+    return replace(spec, image=layers.split(spec.image)[0], files={})
+
+
 async def write_files(box: AgentSandbox) -> None:
-    """Put ``spec.files`` in place. A file that cannot be written makes the box useless: ``SandboxError``."""
+    """Put the layers of ``spec.image``, then ``spec.files`` in place. ``SandboxError`` when that cannot be done."""
+    for digest in layers.split(box.spec.image)[1]:
+        try:
+            await box.lay(digest)
+        except OSError as error:
+            raise SandboxError(f"SandboxSpec.image = {box.spec.image!r}: a layer does not fit: {error}") from error
     for path, data in box.spec.files.items():
         try:
             await box.write(path, data)
         except OSError as error:
             raise SandboxError(f"SandboxSpec.files[{path!r}] could not be written: {error}") from error
+
+
+def _draw(draft: layers.Draft, fields: Fields) -> None:
+    """Add what the agent has sent of the workdir to a layer."""
+    if fields[0] == agent_files.DATA:
+        draft.feed(fields[1])
+        return
+    kind, path, mode, modified_ns, last = fields
+    draft.add(
+        layers.Node(
+            path=_text(path),
+            kind=next(name for name, code in LAYER_KINDS.items() if code == kind),
+            mode=int(mode),
+            modified_ns=int(modified_ns),
+            size=int(last) if kind == agent_files.FILE else 0,
+            target=_text(last) if kind == agent_files.LINK else "",
+        )
+    )

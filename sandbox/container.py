@@ -54,6 +54,9 @@ class Container:
             "seccomp": True,
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -78,7 +81,13 @@ async def start(spec: SandboxSpec) -> AgentSandbox:
     """A running container with its agent answering; ``stop`` removes it."""
     container, channel, pid = await _in_thread(_start_container, spec)
     group = await asyncio.to_thread(cgroups.of, pid)
-    box = AgentSandbox(channel, spec, hits=group.hits if group else None, kill=functools.partial(_remove, container))
+    box = AgentSandbox(
+        channel,
+        spec,
+        hits=group.hits if group else None,
+        kill=functools.partial(_remove, container),
+        freeze=group.freeze if group and group.freezer else None,
+    )
     uid = random.SystemRandom().randrange(*HOST_UIDS, SLOTS)
     try:
         await box.start(uid=uid, limits=command_limits(spec))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, write_files
+from sandbox.client import AgentSandbox, bare, write_files
 from sandbox.pool import shared
 from sandbox.process import Process
 
@@ -49,7 +49,7 @@ class Function:
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[AgentSandbox]:
         """A box from the pool. Leaving the context gives it back when nothing of its use is left in it."""
-        kind = replace(spec, files={})
+        kind = bare(spec)
         start = functools.partial(_start, self.base)
         pool = shared(self, kind, self.warm, start=start, stop=_stop, reuse=True)
         box = await pool.take()

@@ -77,6 +77,9 @@ class Gvisor:
             "release": _release(self.binary),
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -183,7 +186,8 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         jail = _launch(substrate, folder, group, theirs)
         removal.callback(_end, jail, group)
         theirs.close()
-        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close)
+        freeze = group.freeze if group.freezer else None
+        box = GvisorSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
         box.folder, box.group = folder, group
         undo.callback(box.close)
         try:

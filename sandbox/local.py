@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
+from sandbox import layers
 from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
 
@@ -45,6 +46,8 @@ class LocalUnsafe:
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
         """A temporary directory, removed at the end."""
+        if layers.split(spec.image)[1]:
+            raise Unsupported(f"SandboxSpec.image = {spec.image!r}: substrate {self.name!r} has no layers")
         with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():

@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
-from dataclasses import replace
 from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, write_files
+from sandbox.client import AgentSandbox, bare, write_files
 
 Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
 Stop = Callable[[AgentSandbox], Awaitable[None]]
@@ -114,7 +113,7 @@ _pools: dict[tuple[Hashable, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
 @contextlib.asynccontextmanager
 async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: Stop) -> AsyncIterator[AgentSandbox]:
     """A fresh box, from a pool when the substrate keeps one; stopped at the end, whatever happens."""
-    kind = replace(spec, files={})
+    kind = bare(spec)
     if substrate.warm:
         box = await shared(substrate, kind, substrate.warm, start=start, stop=stop).take()
     else:

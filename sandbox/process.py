@@ -34,6 +34,7 @@ from sandbox.client import (
     TMP_MB,
     AgentSandbox,
     StreamChannel,
+    bare,
     command_limits,
     write_files,
 )
@@ -66,6 +67,9 @@ class Process:
             "seccomp": seccomp.is_supported(),
             "image": image.digest if image else "host",
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -155,7 +159,13 @@ async def _running(binary: str, spec: SandboxSpec, group: cgroups.Group | None) 
         _map_ids(init)
         block_write.write(b"go")
         channel = StreamChannel(*await asyncio.open_unix_connection(sock=ours, limit=1 << 20))
-        box = AgentSandbox(channel, spec, hits=group.hits if group else None, kill=lambda: _kill(init_fd))
+        box = AgentSandbox(
+            channel,
+            spec,
+            hits=group.hits if group else None,
+            kill=lambda: _kill(init_fd),
+            freeze=group.freeze if group and group.freezer else None,
+        )
         try:
             await box.start(uid=PAYLOAD_UID, limits=_rlimits(spec, group))
             yield box
@@ -210,9 +220,10 @@ def _isolation(info_fd: int, block_fd: int) -> list[str]:
 
 
 def _mounts(spec: SandboxSpec) -> list[str]:
-    image = build.find(spec.image)
-    if image is None and spec.image != "default":
-        raise SandboxError(f"SandboxSpec.image = {spec.image!r}: no such image in {build.cache()}; build it first")
+    base = bare(spec).image
+    image = build.find(base)
+    if image is None and base != "default":
+        raise SandboxError(f"SandboxSpec.image = {spec.image!r}: no image {base!r} in {build.cache()}; build it first")
     argv: list[str] = []
     root = build.unpacked(image) if image else Path("/")
     for entry in ROOT_ENTRIES:

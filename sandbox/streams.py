@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,9 @@ class Session:
         self.ended = ""
         """Why there is no shell any more; empty while there is one."""
 
-    async def run(self, command: str, *, timeout_s: float | None = None, max_output: int = 1 << 20) -> ExecResult:
+    async def run(
+        self, command: str, *, timeout_s: float | None = None, max_output: int = 1 << 20, op_id: str = ""
+    ) -> ExecResult:
         """Run one command in the shell, with standard input closed. One at a time; more wait their turn.
 
         A command that runs out of time or prints too much is interrupted. Should it not end within a second, all
@@ -54,16 +58,16 @@ class Session:
             if self.ended:
                 raise EOFError(f"the shell has ended ({self.ended}); open another session")
             try:
-                result, fields = await self._box.command(agent_streams.RUN, body, limit_s + END_GRACE_S)
+                result, fields = await self._box.command(agent_streams.RUN, body, limit_s + END_GRACE_S, op_id=op_id)
             except ProcessLookupError as error:
                 raise EOFError("the shell has ended; open another session") from error
             if fields[10] == b"0":
                 self.ended = self.ended or f"{result.status.value} {result.exit_code}"
         return result
 
-    async def interrupt(self) -> None:
+    async def interrupt(self, *, op_id: str = "") -> None:
         """Ctrl-C: the command that runs ends with 130, and what follows it in the same ``run`` is left out."""
-        await self._box.signal(self._op, SIGINT)
+        await self._box.signal(self._op, SIGINT, op_id=op_id)
 
     async def close(self) -> None:
         """Kill the shell and everything its commands left running."""
@@ -94,8 +98,21 @@ class Chunk:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a job has printed since some point."""
+
+    stdout: bytes
+    stderr: bytes
+    """Empty for a job with a terminal, which has one stream."""
+    offset: int
+    """Bytes printed so far, both streams together, these included: where the next read goes on."""
+    ended: bool
+    """Whether nothing will follow."""
+
+
 class Job:
-    """A program that runs on while its output is read: ``async for chunk in job``.
+    """A program that runs on while its output is read: ``async for chunk in job``, or ``read``.
 
     Its output waits in the box until it is read, so a program that prints much waits for its reader.
     """
@@ -104,9 +121,13 @@ class Job:
         self._box = box
         self._op = op
         self.waiting: deque[Chunk] = deque()
-        """Output that has come and was not read yet."""
+        """Output that has come and may still be asked for."""
+        self.offset = 0
+        """Bytes of output before those."""
         self._news = asyncio.Event()
         self._taken = 0
+        self._rest: tuple[int, int, asyncio.Task[ExecResult]] | None = None
+        """The last ``wait`` from an offset: that offset, its cap, and what it gives."""
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.end: asyncio.Task[ExecResult] | None = None
         """Set by the box when the job runs."""
@@ -135,22 +156,71 @@ class Job:
         return self
 
     async def __anext__(self) -> Chunk:
+        await self._wait_for_output()
+        if not self.waiting:
+            raise StopAsyncIteration
+        chunk = self.waiting[0]
+        await self._drop(len(chunk.data))
+        return chunk
+
+    async def read(self, *, offset: int | None = None, max_output: int = 1 << 20, wait_s: float = 10.0) -> Output:
+        """Output from an offset on (default: what was not read yet), waiting up to ``wait_s`` for the first of it.
+
+        What lies before the offset is forgotten, and makes room for more. ``ValueError`` for what was forgotten.
+        """
+        await self._forget(offset)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_for_output(), wait_s)
+        streams = {"stdout": bytearray(), "stderr": bytearray()}
+        left = max_output
+        for chunk in self.waiting:
+            streams[chunk.stream] += chunk.data[:left]
+            left -= len(chunk.data[:left])
+        printed = max_output - left
         assert self.end is not None
-        while not self.waiting:
-            if self.end.done():
-                # Raises SandboxLost when that is how it ended.
-                self.end.result()
-                raise StopAsyncIteration
+        output = Output(
+            stdout=bytes(streams["stdout"]),
+            stderr=bytes(streams["stderr"]),
+            offset=self.offset + printed,
+            ended=self.end.done() and printed == sum(len(chunk.data) for chunk in self.waiting),
+        )
+        if offset is None:
+            await self._drop(printed)
+        return output
+
+    async def _wait_for_output(self) -> None:
+        """Until there is some, or the job has ended. ``SandboxLost`` when that is how it ended."""
+        assert self.end is not None
+        while not self.waiting and not self.end.done():
             self._news.clear()
             await self._news.wait()
-        chunk = self.waiting.popleft()
-        self._taken += len(chunk.data)
+        if not self.waiting:
+            self.end.result()
+
+    async def _forget(self, offset: int | None) -> None:
+        size = 0 if offset is None else offset - self.offset
+        if not 0 <= size <= sum(len(chunk.data) for chunk in self.waiting):
+            raise ValueError(
+                f"offset = {offset}: expected {self.offset} or more, up to what was printed; a job keeps no output "
+                "before the last offset it was read from"
+            )
+        await self._drop(size)
+
+    async def _drop(self, size: int) -> None:
+        """Forget the first bytes of what waits, and let the box send as many more."""
+        self.offset += size
+        self._taken += size
+        while size:
+            chunk = self.waiting.popleft()
+            if len(chunk.data) > size:
+                self.waiting.appendleft(Chunk(chunk.stream, chunk.data[size:]))
+            size -= min(size, len(chunk.data))
+        assert self.end is not None
         if self._taken >= agent_streams.WINDOW // 4 and not self.end.done():
             taken, self._taken = self._taken, 0
             await self._box.tell(agent_streams.CREDIT, agent.pack(self._op, taken))
-        return chunk
 
-    async def write_stdin(self, data: bytes, *, eof: bool = False) -> None:
+    async def write_stdin(self, data: bytes, *, eof: bool = False, op_id: str = "") -> None:
         """Write to standard input, and wait until it is written. ``BrokenPipeError`` when nobody reads it any more.
 
         With ``eof`` standard input ends after the data; a terminal gets Ctrl-D.
@@ -158,20 +228,21 @@ class Job:
         assert self.end is not None
         pieces = [data[at : at + FEED_BYTES] for at in range(0, len(data), FEED_BYTES)] or [b""]
         for index, piece in enumerate(pieces):
-            last = eof and index == len(pieces) - 1
-            asked = self._box.ask(agent_streams.FEED, agent.pack(self._op, piece, int(last)), deadline_s=None)
+            # The last piece has the name: when the box knows that one, all are written.
+            last = index == len(pieces) - 1
+            body = agent.pack(self._op, piece, int(last and eof))
             try:
-                await asked
+                await self._box.ask(agent_streams.FEED, body, deadline_s=None, op_id=op_id if last else "")
             except ProcessLookupError as error:
-                raise BrokenPipeError("the job has ended") from error
+                raise BrokenPipeError(errno.EPIPE, "the job has ended") from error
 
     async def resize(self, rows: int, columns: int) -> None:
         """Tell the programs on the job's terminal its new size. ``ValueError`` without a terminal."""
         await self._box.ask(agent_streams.RESIZE, agent.pack(self._op, rows, columns))
 
-    async def interrupt(self) -> None:
+    async def interrupt(self, *, op_id: str = "") -> None:
         """SIGINT to the process group, as Ctrl-C gives."""
-        await self._box.signal(self._op, SIGINT)
+        await self._box.signal(self._op, SIGINT, op_id=op_id)
 
     async def kill(self) -> None:
         """SIGKILL to everything the job started."""
@@ -188,7 +259,29 @@ class Job:
         except (ProcessLookupError, SandboxLost):
             return
 
-    async def wait(self) -> ExecResult:
-        """How it ended, without the output, which is read by iterating; a job nobody reads may never end."""
+    async def wait(self, *, offset: int | None = None, max_output: int = 1 << 20) -> ExecResult:
+        """How it ended, with the output that was not read (or that from an offset on), of which head and tail are kept.
+
+        ``max_output`` bounds each stream. Asking again with the same offset gives the same.
+        """
+        if offset is None:
+            return await self._drain(max_output)
+        if self._rest is None or self._rest[:2] != (offset, max_output):
+            await self._forget(offset)
+            rest = asyncio.create_task(self._drain(max_output))
+            rest.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._rest = offset, max_output, rest
+        # One that is cancelled goes on taking output, for whoever asks again.
+        return await asyncio.shield(self._rest[2])
+
+    async def _drain(self, max_output: int) -> ExecResult:
+        captures = {"stdout": agent.Capture(max_output), "stderr": agent.Capture(max_output)}
+        async for chunk in self:
+            captures[chunk.stream].feed(chunk.data)
         assert self.end is not None
-        return await asyncio.shield(self.end)
+        return replace(
+            await asyncio.shield(self.end),
+            stdout=captures["stdout"].value(),
+            stderr=captures["stderr"].value(),
+            truncated_bytes=sum(capture.dropped for capture in captures.values()),
+        )
