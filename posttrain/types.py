@@ -88,6 +88,33 @@ class ExecResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """What a model is told of one tool."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of its arguments, an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What a model asks for. Nothing about the arguments has been checked."""
+
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a model is told after a tool call."""
+
+    text: str
+    submitted: Mapping[str, bytes] | None = None
+    """Files handed in for grading, by path, which ends the episode; None while it goes on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One problem with what is needed to grade it."""
 
@@ -194,6 +221,8 @@ class Rollout:
     artifacts: Mapping[str, bytes] = field(default_factory=dict)
     """Files the environment took out of the sandbox at the end, by path, for grading elsewhere."""
     wall_s: float = 0.0
+    failures: tuple[str, ...] = ()
+    """Why earlier attempts at it were given up, oldest first: what the machinery did, never the policy."""
 
     @property
     def text(self) -> str:

@@ -27,7 +27,7 @@ from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
 from sandbox import wire
 from sandbox.edge import Edge, EdgeBusy, Limits, serve_boxes
-from sandbox.edge_client import CANCEL_DEADLINE_S, RETRY_S, unknown, value_of
+from sandbox.edge_client import CANCEL_DEADLINE_S, RETRY_S, Away, value_of, wait_for_it
 from sandbox.edge_server import SOCKET, answer, serving
 from sandbox.registry import OWNER, Registry, ServiceLimits
 
@@ -57,13 +57,11 @@ def edge_name(edge: str) -> str:
 class ActorLink:
     """The way to an actor that answers ``exchange``, over its restarts: a ``Link``."""
 
-    def __init__(
-        self, name: str, namespace: str, *, retry_s: float = AWAY_S, gone: Callable[[], Awaitable[str]] = unknown
-    ) -> None:
+    def __init__(self, name: str, namespace: str, *, retry_s: float = AWAY_S, away: Away = wait_for_it) -> None:
         self.name = name
         self.namespace = namespace
         self.retry_s = retry_s
-        self._gone = gone
+        self._away = away
         self._actor: Any = None
 
     async def exchange(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +74,7 @@ class ActorLink:
                 return await self._reply(self._actor.exchange.remote(method, dict(arguments)))
             except (ValueError, RayActorError) as error:
                 self._actor = None
-                if reason := await self._gone():
+                if reason := await self._away():
                     raise SandboxLost(reason) from error
                 if time.monotonic() >= deadline:
                     raise SandboxLost(f"actor {self.name!r} is away: {error}") from error
@@ -94,7 +92,7 @@ class ActorLink:
         reply = asyncio.ensure_future(_await(ref))
         try:
             while not (await asyncio.wait({reply}, timeout=PATIENCE_S))[0]:
-                if reason := await self._gone():
+                if reason := await self._away():
                     raise SandboxLost(reason)
             return reply.result()
         except asyncio.CancelledError:
@@ -315,7 +313,7 @@ class Gateway:
     def _link(self, edge: str) -> ActorLink:
         if edge not in self._links:
             gone = functools.partial(self._gone, edge=edge)
-            self._links[edge] = ActorLink(edge_name(edge), self._namespace, gone=gone)
+            self._links[edge] = ActorLink(edge_name(edge), self._namespace, away=gone)
         return self._links[edge]
 
 

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import math
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import write_files
+from sandbox.client import bare, write_files
 from sandbox.pool import Pool
 
 MEMORY_S = 30.0
@@ -73,7 +73,7 @@ class WarmBoxes:
             async with substrate.open(spec) as box:
                 yield box
             return
-        kind, pool = self._kind(substrate, replace(spec, files={}))
+        kind, pool = self._kind(substrate, bare(spec))
         kind.demand.arrived(self._clock())
         box = await pool.take()
         try:

@@ -285,6 +285,11 @@ class Edge:
         query = f"SELECT {COLUMNS} FROM boxes WHERE ended_s IS NULL OR box_id IN (SELECT value FROM json_each(?))"
         return [_described(row) for row in self._db.execute(query, (json.dumps(list(also)),))]
 
+    @property
+    def num_attended(self) -> int:
+        """Boxes that a client holds or waits for."""
+        return len(self._opening) + sum(box.attended for box in self._live.values())
+
     def list(self) -> list[dict[str, Any]]:
         """Every box whose log is kept, oldest first: ids, labels, state, cause, times in seconds since 1970."""
         return [_described(row) for row in self._db.execute(f"SELECT {COLUMNS} FROM boxes ORDER BY rowid")]

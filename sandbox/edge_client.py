@@ -53,20 +53,22 @@ class Link(Protocol):
     async def close(self) -> None: ...
 
 
-async def unknown() -> str:
-    """Nobody can say why the edge is away."""
-    return ""
+Away = Callable[[], Awaitable[str | None]]
+"""Called again and again while an edge does not answer. It may start one, or say why none will come back."""
+
+
+async def wait_for_it() -> None:
+    """The ``Away`` of those who know nothing."""
 
 
 class SocketLink:
     """The unix socket of an edge on this host, connected when it is first needed."""
 
-    def __init__(self, path: Path, *, retry_s: float, gone: Callable[[], Awaitable[str]] = unknown) -> None:
+    def __init__(self, path: Path, *, retry_s: float, away: Away = wait_for_it) -> None:
         self.path = path
         self.retry_s = retry_s
         """How long an edge may be away before its boxes count as lost."""
-        self._gone = gone
-        """Asked while it is away: why it will not come back, or nothing."""
+        self._away = away
         self._numbers = itertools.count()
         self._pending: dict[int, tuple[bytes, asyncio.Future[dict[str, Any]]]] = {}
         self._cancelled: set[int] = set()
@@ -120,6 +122,10 @@ class SocketLink:
             except (SandboxLost, ValueError) as error:
                 self._fail(str(error))
                 return
+            except asyncio.CancelledError:
+                # Nobody takes replies any more, so that whoever waits for one must not.
+                self._fail("the client hung up")
+                raise
             finally:
                 self._writer = None
                 writer.close()
@@ -140,7 +146,7 @@ class SocketLink:
                     heard_at = time.monotonic()
                     self._resolve(reply)
                     receiving = asyncio.create_task(wire.receive(reader))
-                elif reason := await self._gone():
+                elif reason := await self._away():
                     raise SandboxLost(reason)
                 elif time.monotonic() - heard_at >= self.retry_s:
                     raise SandboxLost(f"the edge at {self.path} is there and has not answered for {self.retry_s:.0f} s")
@@ -156,7 +162,7 @@ class SocketLink:
                 with wire.shortened(self.path) as short:
                     return await asyncio.open_unix_connection(short)
             except (FileNotFoundError, ConnectionError) as error:
-                if reason := await self._gone():
+                if reason := await self._away():
                     raise SandboxLost(reason) from error
                 if time.monotonic() >= deadline:
                     raise SandboxLost(
@@ -179,13 +185,15 @@ class SocketLink:
         for _, reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(reason))
+                # Retrieved here, since whoever waited for it may have been cancelled.
+                reply.exception()
 
 
 class EdgeClient:
     """A client of one edge: the one at a socket, or at the end of a link. An async context."""
 
-    def __init__(self, edge: Path | Link, *, retry_s: float = 30.0) -> None:
-        self.link: Link = SocketLink(edge, retry_s=retry_s) if isinstance(edge, Path) else edge
+    def __init__(self, edge: Path | Link, *, retry_s: float = 30.0, away: Away = wait_for_it) -> None:
+        self.link: Link = SocketLink(edge, retry_s=retry_s, away=away) if isinstance(edge, Path) else edge
         self._renewing: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> EdgeClient:

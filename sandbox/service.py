@@ -116,8 +116,8 @@ class SandboxService:
     def _link(self, edge: str, host: str, path: Path) -> Link:
         gone = functools.partial(self._gateway.ask, "gone", edge=edge)
         if host == socket.gethostname() and path.is_socket():
-            return SocketLink(path, retry_s=AWAY_S, gone=gone)
-        return ActorLink(edge_name(edge), self._namespace, gone=gone)
+            return SocketLink(path, retry_s=AWAY_S, away=gone)
+        return ActorLink(edge_name(edge), self._namespace, away=gone)
 
 
 def start_service(

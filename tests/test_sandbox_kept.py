@@ -1,0 +1,284 @@
+"""Rollouts whose actor is killed and that go on in the box they had."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from posttrain.config import Workers
+from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable
+from posttrain.protocols import KeepsBoxes, Sandbox, Substrate
+from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
+from posttrain.rollout.player import GroupJob, Play
+from posttrain.rollout.samples import rollout_metrics
+from posttrain.types import Group, Message, Rollout, Sampling, SandboxSpec, StopReason, Task
+from sandbox.edge import Limits
+from sandbox.edge_client import EdgeClient
+from sandbox.kept import Kept, edge_pid, socket_in
+from sandbox.local import LocalUnsafe
+from sandbox.log import RecordKind, TrajectoryLog
+from sandbox.process import Process
+from tests.tiny_models import END, save_tiny_model
+
+pytestmark = pytest.mark.timeout(120)
+
+LOCAL = LocalUnsafe(i_accept_that_model_written_code_runs_unisolated=True)
+NUM_COMMANDS = 5
+KILLED_AT = 2
+WORKERS = Workers(threads_per_actor=1, max_retries=1, episode_deadline_s=40.0, max_concurrent_sandboxes=2)
+GIVE_UP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Every turn of the policy runs the next command of a fixed list, each of which adds a line to a file.
+
+    Where the first process that plays gets to command ``KILLED_AT`` of rollout 1, it names itself in ``folder/pid`` and
+    waits for its end: with the command's result in hand, or (``amid``) while the command runs. ``diverges`` makes
+    every later process ask for other commands.
+    """
+
+    folder: Path
+    amid: bool = False
+    diverges: bool = False
+    max_turns: int = NUM_COMMANDS + 1
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> CountingEpisode:
+        assert sandbox is not None
+        return CountingEpisode(self, sandbox)
+
+
+class CountingEpisode:
+    def __init__(self, rules: Counts, sandbox: Sandbox) -> None:
+        self._rules, self._sandbox = rules, sandbox
+        self._again = (rules.folder / "pid").is_symlink()
+        self._turn = 0
+
+    async def respond(self, text: str) -> tuple[Message, ...] | None:
+        turn, self._turn = self._turn, self._turn + 1
+        if turn == NUM_COMMANDS:
+            return None
+        dies_here = turn == KILLED_AT and not self._again
+        pause = "sleep 1; " if turn == KILLED_AT and self._rules.amid else ""
+        name = "other" if self._again and self._rules.diverges else "counter"
+        running = asyncio.create_task(self._sandbox.exec(f"echo {turn} >> {name}; {pause}cat {name}", timeout_s=20))
+        if dies_here:
+            await (asyncio.sleep(0.3) if self._rules.amid else running)
+            with contextlib.suppress(FileExistsError):
+                (self._rules.folder / "pid").symlink_to(str(os.getpid()))
+            await asyncio.sleep(GIVE_UP_S)
+        return ({"role": "tool", "content": (await running).stdout.decode()},)
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        return {name: await self._sandbox.read(name) for name in await self._sandbox.list()}
+
+
+@pytest.fixture(scope="module")
+def silent_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that ends every turn with its first token."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "silent")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.config.tie_word_embeddings = False
+    head = torch.zeros_like(model.lm_head.weight)
+    head[END] = 1.0
+    model.lm_head.weight = torch.nn.Parameter(head)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def isolated() -> Process:
+    try:
+        Process().check()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    return Process()
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with ray_session(WORKERS):
+        yield
+
+
+def play_and_kill(model: str, kept: Kept, environment: Counts, *, num_rollouts: int = 3) -> Group:
+    """The rollouts of one task, whose actor is killed by SIGKILL when the environment says so."""
+    play = Play(environment=environment, reward=None, sampling=Sampling(max_tokens=4), max_sequence_tokens=250)
+    task = Task(id="t", domain="d", prompt=({"role": "user", "content": "count"},), sandbox=SandboxSpec())
+    spec = WorkerSpec(model_path=model, dtype="float32", max_length=256, workers=WORKERS, substrate=kept)
+    killer = threading.Thread(target=kill_when_named, args=(environment.folder,))
+    killer.start()
+    with RolloutService(spec) as service:
+        [group] = service.play([GroupJob(id="s/0", task=task, num_rollouts=num_rollouts, play=play, seed=1)])
+    killer.join()
+    assert service.counters.actors_replaced == 1
+    return group
+
+
+def kill_when_named(folder: Path) -> None:
+    give_up = time.monotonic() + GIVE_UP_S
+    while not (folder / "pid").is_symlink() and time.monotonic() < give_up:
+        time.sleep(0.01)
+    os.kill(int(str((folder / "pid").readlink())), signal.SIGKILL)
+
+
+def boxes_of(kept: Kept) -> list[dict[str, str]]:
+    async def ask() -> list[dict[str, str]]:
+        with socket_in(kept.edge_folder) as path:
+            async with EdgeClient(path) as edge:
+                return await edge.list()
+
+    return asyncio.run(ask())
+
+
+def told(rollout: Rollout) -> list[str]:
+    return [turn.observations[0]["content"] for turn in rollout.turns[:-1]]
+
+
+@pytest.mark.parametrize("amid", [False, True], ids=["between commands", "amid a command"])
+def test_a_rollout_whose_actor_is_killed_goes_on_in_its_box(ray_here, silent_model, isolated, tmp_path, amid):
+    with Kept(base=isolated).for_run(tmp_path / "run") as kept:
+        edge = psutil.Process(edge_pid(kept.edge_folder))
+        group = play_and_kill(silent_model, kept, Counts(tmp_path, amid=amid))
+        boxes = boxes_of(kept)
+        started = edge.children(recursive=True)
+    for rollout in group.rollouts:
+        assert (rollout.stop, rollout.failures) == (StopReason.FINISHED, ())
+        assert rollout.artifacts == {"counter": b"0\n1\n2\n3\n4\n"}
+        assert told(rollout) == ["".join(f"{i}\n" for i in range(n + 1)) for n in range(NUM_COMMANDS)]
+    # One box a rollout, whoever played it, and in its log each command once, with one result.
+    assert sorted(box["rollout_id"] for box in boxes) == [f"/s/0/{i}@0" for i in range(3)]
+    assert {box["state"] for box in boxes} == {"closed"}
+    assert max(int(box["epoch"]) for box in boxes) == 2
+    for box in boxes:
+        with contextlib.closing(TrajectoryLog.open(kept.edge_folder / "boxes" / box["box_id"])) as log:
+            kinds = [log.record(seq).kind for seq in range(len(log))]
+            assert [operation.kind for operation in log.operations] == ["exec"] * NUM_COMMANDS + ["list", "read"]
+            assert kinds.count(RecordKind.INTENT) == kinds.count(RecordKind.RESULT) == NUM_COMMANDS + 2
+    edge.wait(timeout=20)
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+def test_a_rollout_that_cannot_be_repeated_starts_over_and_says_why(ray_here, silent_model, tmp_path):
+    with Kept(base=LOCAL).for_run(tmp_path / "run") as kept:
+        group = play_and_kill(silent_model, kept, Counts(tmp_path, diverges=True), num_rollouts=1)
+        boxes = boxes_of(kept)
+    [rollout] = group.rollouts
+    assert rollout.artifacts == {"other": b"0\n1\n2\n3\n4\n"}
+    assert (rollout.failed, len(rollout.failures)) == (False, 1)
+    assert rollout.failures[0].startswith("Diverged: operation 1: the log holds exec('echo 0 >> counter; ")
+    assert rollout_metrics([group])["repeated_attempts"] == 1.0
+    assert [(box["rollout_id"], box["state"]) for box in boxes] == [("/s/0/0@0", "closed"), ("/s/0/0@1", "closed")]
+
+
+def test_a_box_that_is_gone_still_answers_what_it_was_asked(tmp_path):
+    async def play(kept: Kept) -> list[bytes]:
+        async with kept.open_for("r", SandboxSpec()) as box:
+            results = [(await box.exec("echo x >> f; cat f")).stdout for _ in range(2)]
+            return [*results, await box.read("f")]
+
+    async def ask_more(kept: Kept) -> None:
+        async with kept.open_for("r", SandboxSpec()) as box:
+            for _ in range(2):
+                await box.exec("echo x >> f; cat f")
+            await box.read("f")
+            with pytest.raises(SandboxLost, match="closed by its client"):
+                await box.exec("echo x >> f; cat f")
+
+    with Kept(base=LOCAL).for_run(tmp_path) as kept:
+        asyncio.run(play(kept))
+        assert asyncio.run(play(kept)) == [b"x\n", b"x\nx\n", b"x\nx\n"]
+        asyncio.run(ask_more(kept))
+
+
+def test_an_edge_that_was_killed_is_started_again_and_its_boxes_are_lost(tmp_path):
+    async def play(kept: Kept) -> None:
+        async with kept.open_for("r@0", SandboxSpec()) as box:
+            await box.write("f", b"1")
+            killed = edge_pid(kept.edge_folder)
+            os.kill(killed, signal.SIGKILL)
+            started = time.monotonic()
+            with pytest.raises(SandboxLost, match="the edge that held it ended"):
+                await box.exec("cat f")
+            assert time.monotonic() - started < 20
+        async with kept.open_for("r@1", SandboxSpec(files={"f": b"2"})) as box:
+            assert (await box.exec("cat f")).stdout == b"2"
+        assert edge_pid(kept.edge_folder) != killed
+
+    with Kept(base=LOCAL).for_run(tmp_path) as kept:
+        asyncio.run(play(kept))
+
+
+def test_an_edge_that_nobody_uses_ends_by_itself(tmp_path):
+    async def leave(kept: Kept) -> None:
+        with socket_in(kept.edge_folder) as path:
+            async with EdgeClient(path) as edge:
+                await edge.create("r", SandboxSpec())
+
+    with Kept(base=LOCAL, keep_s=0.5, limits=Limits(lease_s=0.5)).for_run(tmp_path) as kept:
+        edge = psutil.Process(edge_pid(kept.edge_folder))
+        asyncio.run(leave(kept))
+        edge.wait(timeout=20)
+        assert edge_pid(kept.edge_folder) is None
+        # The next one to ask has another, which knows what became of the box.
+        kept.start_edge()
+        assert [box["cause"] for box in boxes_of(kept)] == ["the edge was stopped"]
+
+
+def test_two_that_start_an_edge_get_the_same(tmp_path):
+    with Kept(base=LOCAL).for_run(tmp_path) as kept:
+        os.kill(edge_pid(kept.edge_folder), signal.SIGKILL)
+        threads = [threading.Thread(target=kept.start_edge) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        served = [p for p in psutil.process_iter(["cmdline"]) if "sandbox.kept_edge" in (p.info["cmdline"] or [])]
+        folder = str(kept.edge_folder / "lock")
+        assert sum(any(file.path == folder for file in process.open_files()) for process in served) == 1
+
+
+def test_an_edge_that_cannot_start_says_why(tmp_path):
+    with Kept(base=LOCAL).for_run(tmp_path) as kept:
+        (kept.edge_folder / "edge.sock").unlink()
+        with pytest.raises(SandboxUnavailable, match=r"could not be started: .* another edge serves this folder"):
+            kept.start_edge()
+        [holder] = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "sandbox.kept_edge" in (process.info["cmdline"] or [])
+            and any(file.path == str(kept.edge_folder / "lock") for file in process.open_files())
+        ]
+        holder.terminate()
+        holder.wait(timeout=20)
+
+
+def test_kept_is_a_value_that_says_what_it_is():
+    kept = Kept(base=LOCAL)
+    assert isinstance(kept, Substrate)
+    assert isinstance(kept, KeepsBoxes)
+    assert not isinstance(LOCAL, KeepsBoxes)
+    assert pickle.loads(pickle.dumps(kept)) == kept
+    assert kept.capabilities() == {**LOCAL.capabilities(), "survives_client": True}
+    with pytest.raises(RecipeError, match=r"Kept\.keep_s = 0"):
+        Kept(keep_s=0)
+    with pytest.raises(SandboxError, match=r"within Kept\.for_run"):
+        kept.start_edge()
