@@ -13,7 +13,6 @@ import contextlib
 import functools
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -292,8 +291,8 @@ class Gateway:
             self._num_waiting -= 1
 
     async def _check_quotas(self, labels: Mapping[str, str]) -> None:
-        if OWNER not in labels:
-            raise ValueError(f"labels = {labels!r}: expected one named {OWNER!r}")
+        if OWNER not in labels or not all(isinstance(part, str) for pair in labels.items() for part in pair):
+            raise ValueError(f"labels = {labels!r}: expected text by name, and one named {OWNER!r}")
         try:
             self._registry.check_quotas(labels, self._limits.quotas)
         except SandboxError:
@@ -338,8 +337,9 @@ class Watcher:
         while True:
             try:
                 await self._look()
-            except (RayError, sqlite3.Error, OSError) as error:
-                logger.warning("sandbox watcher: %s", error)
+            except Exception:
+                # A watcher that stops watching is worse than any failure of one look.
+                logger.exception("sandbox watcher: a look failed")
             await asyncio.sleep(self._limits.heartbeat_s)
 
     async def _look(self) -> None:
@@ -363,10 +363,10 @@ class Watcher:
         except (ValueError, ActorDiedError) as error:
             # No such actor, or a dead one.
             if edge["state"] == "up":
-                self._registry.edge_starts(name, str(error))
+                self._registry.edge_starts(name, str(error).partition("\n")[0])
             self._start(name, edge["node_id"])
         except RayTaskError as error:
-            logger.warning("sandbox watcher: edge %s could not start and is tried again: %s", name, error)
+            self._registry.edge_starts(name, f"it could not start and is tried again: {error.cause}")
             ray.kill(actor)
         except (RayError, TimeoutError) as error:
             self._give_up_if_silent(edge, actor, error)

@@ -174,20 +174,16 @@ def stop_service(namespace: str = NAMESPACE) -> None:
     gateway = ray.get_actor(GATEWAY, namespace)
     edges = _edges(gateway)
     ray.kill(ray.get_actor(WATCHER, namespace))
-    actors = [_actor(edge_name(edge["name"]), namespace) for edge in edges]
-    alive = [actor for actor in actors if actor is not None]
+    actors = {}
+    for edge in edges:
+        with contextlib.suppress(ValueError):
+            actors[edge["name"]] = ray.get_actor(edge_name(edge["name"]), namespace)
+    up = {edge["name"] for edge in edges if edge["state"] == "up"}
     with contextlib.suppress(RayError):
         # One that cannot stop is killed, and its boxes with it.
-        ray.get([actor.stop.remote() for actor in alive], timeout=STOP_DEADLINE_S)
-    for actor in (*alive, gateway):
+        ray.get([actor.stop.remote() for name, actor in actors.items() if name in up], timeout=STOP_DEADLINE_S)
+    for actor in (*actors.values(), gateway):
         ray.kill(actor)
-
-
-def _actor(name: str, namespace: str) -> Any:
-    try:
-        return ray.get_actor(name, namespace)
-    except ValueError:
-        return None
 
 
 def _edges(gateway: Any) -> list[dict[str, Any]]:
