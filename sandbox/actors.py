@@ -211,10 +211,18 @@ class Gateway:
         rollout_id: str,
         token: str,
         substrate: str,
-        labels: dict[str, str],
-        ttl_max_s: float | None,
+        labels: dict[str, str] | None = None,
+        beside: str | None = None,
+        ttl_max_s: float | None = None,
         **more: Any,
     ) -> dict[str, Any]:
+        """A box, on the edge of the one it is to be ``beside`` if any, whose labels it then has."""
+        edge = None
+        if beside:
+            model = self._registry.box(beside)
+            edge, labels = model["edge"], model["labels"]
+            if reason := await self._gone(edge=edge):
+                raise SandboxLost(f"box {beside} is gone: {reason}")
         box = self._registry.newest(rollout_id)
         if box and box["ended_s"] is None and box["token"] != token:
             await self._census()
@@ -223,15 +231,14 @@ class Gateway:
             raise ValueError(
                 f"rollout {rollout_id!r} has box {box['box_id']} already ({box['state']}); attach to it or close it"
             )
+        wanted: dict[str, Any] = {"substrate": substrate, "labels": _checked(labels)}
         for attempts_left in reversed(range(CREATE_ATTEMPTS)):
             if box is None or box["ended_s"] is not None:
                 deadline_s = time.time() + (ttl_max_s or self._limits.edge.ttl_max_s)
-                box = await self._place(rollout_id, token, substrate=substrate, labels=labels, deadline_s=deadline_s)
-            named = {"box_id": box["box_id"], "token": box["box_id"], "substrate": substrate, "labels": labels}
+                box = await self._place(rollout_id, token, deadline_s=deadline_s, edge=edge, **wanted)
+            named = {"rollout_id": rollout_id, "box_id": box["box_id"], "token": box["box_id"], "ttl_max_s": ttl_max_s}
             try:
-                hold = await self._link(box["edge"]).ask(
-                    "create", rollout_id=rollout_id, ttl_max_s=ttl_max_s, **named, **more
-                )
+                hold = await self._link(box["edge"]).ask("create", **named, **wanted, **more)
                 return self._handed_out(box, hold)
             except Exception as error:
                 self._registry.lose([box["box_id"]], f"could not be opened: {error}")
@@ -291,8 +298,6 @@ class Gateway:
             self._num_waiting -= 1
 
     async def _check_quotas(self, labels: Mapping[str, str]) -> None:
-        if OWNER not in labels or not all(isinstance(part, str) for pair in labels.items() for part in pair):
-            raise ValueError(f"labels = {labels!r}: expected text by name, and one named {OWNER!r}")
         try:
             self._registry.check_quotas(labels, self._limits.quotas)
         except SandboxError:
@@ -314,6 +319,12 @@ class Gateway:
             gone = functools.partial(self._gone, edge=edge)
             self._links[edge] = ActorLink(edge_name(edge), self._namespace, away=gone)
         return self._links[edge]
+
+
+def _checked(labels: Mapping[str, str] | None) -> Mapping[str, str]:
+    if not labels or OWNER not in labels or not all(isinstance(part, str) for pair in labels.items() for part in pair):
+        raise ValueError(f"labels = {labels!r}: expected text by name, and one named {OWNER!r}")
+    return labels
 
 
 class Watcher:

@@ -25,7 +25,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,7 +35,8 @@ from posttrain.types import SandboxSpec
 from sandbox import cgroups
 from sandbox.demand import WarmBoxes
 from sandbox.log import Fenced, LogDamaged, Operation, RecordKind, TrajectoryLog
-from sandbox.recorded import CrashAt, Recorder, Request, creation, never
+from sandbox.operations import Request
+from sandbox.recorded import CrashAt, Recorder, creation, never, spec_of
 
 SWEEP_S = 1.0
 HEARTBEAT_S = 10.0
@@ -108,6 +109,9 @@ class Hold:
     lease_s: float
     num_recorded: int
     """Operations that the log already holds, which the client's first calls must repeat."""
+    spec: SandboxSpec
+    """What the box was made from, without files."""
+    substrate: str
 
 
 class LiveBox:
@@ -125,6 +129,11 @@ class LiveBox:
         """Calls that wait for that, in order; a later one waits behind them."""
         self.closing = closing
         self.keeper = keeper
+
+    @property
+    def is_frozen(self) -> bool:
+        """Paused by the edge, or by its client: a box that is asked anything wakes."""
+        return self.paused or getattr(self.recorder.box, "paused", False)
 
 
 class Edge:
@@ -227,7 +236,14 @@ class Edge:
         if box_id in self._live:
             self._live[box_id].used_at = self._clock()
             await self._attend(self._live[box_id])
-        return Hold(box_id=box_id, epoch=epoch, lease_s=self.limits.lease_s, num_recorded=len(recorder.log.operations))
+        return Hold(
+            box_id=box_id,
+            epoch=epoch,
+            lease_s=self.limits.lease_s,
+            num_recorded=len(recorder.log.operations),
+            spec=replace(spec_of(recorder.log), files={}),
+            substrate=row["substrate"],
+        )
 
     async def begin(
         self, box_id: str, epoch: int, position: int, request: Request, *, idempotent: bool = False
@@ -309,7 +325,7 @@ class Edge:
             elif box.attended and box.heard_at - box.used_at >= box.ttl_idle_s:
                 # Counted to when the client was last heard of: one that died is preempted, not idle.
                 self._remove(box, "idle for ttl_idle_s")
-            elif not (box.paused or busy or box.beating) and now - box.beat_at >= HEARTBEAT_S:
+            elif not (box.is_frozen or busy or box.beating) and now - box.beat_at >= HEARTBEAT_S:
                 box.beat_at, box.beating = now, True
                 beat = asyncio.create_task(self._beat(box))
                 self._beats.add(beat)
@@ -453,7 +469,7 @@ class Edge:
         cause = "the client's lease ran out"
         async with box.changing:
             box.attended = False
-            if isinstance(box.recorder.box, Pausable):
+            if isinstance(box.recorder.box, Pausable) and self.substrate.capabilities().get("pause", True):
                 if not await self._changes(box, box.recorder.box.pause()):
                     return
                 box.paused = True

@@ -12,20 +12,24 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
-from posttrain.types import ExecResult, SandboxSpec
+from posttrain.types import SandboxSpec
 from sandbox import wire
 from sandbox.edge import Hold
-from sandbox.recorded import Request, exec_request, unwrap
+from sandbox.operations import Operations, Request, unwrap
 
 RETRY_S = (0.05, 1.0)
 """The first pause before trying again, and the longest; each is twice the one before."""
 PING = -1
 CANCEL_DEADLINE_S = 30.0
+
+
+Create = Callable[..., Awaitable["EdgeSandbox"]]
+"""As ``EdgeClient.create``."""
 
 
 def packed(spec: SandboxSpec) -> dict[str, Any]:
@@ -207,30 +211,34 @@ class EdgeClient:
         rollout_id: str,
         spec: SandboxSpec,
         *,
+        token: str = "",
         substrate: str | None = None,
         labels: Mapping[str, str] | None = None,
         ttl_idle_s: float | None = None,
         ttl_max_s: float | None = None,
     ) -> EdgeSandbox:
-        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room."""
+        """A fresh box for a rollout. ``ValueError`` when it has one; ``EdgeBusy`` when there is no room.
+
+        Whoever makes a box with the same ``token`` again gets the one there is.
+        """
         hold = await self.ask(
             "create",
             rollout_id=rollout_id,
             spec=packed(spec),
-            token=uuid.uuid4().hex,
+            token=token or uuid.uuid4().hex,
             substrate=substrate,
             labels=dict(labels or {}),
             ttl_idle_s=ttl_idle_s,
             ttl_max_s=ttl_max_s,
         )
-        return self.hold(Hold(**hold))
+        return self.hold(rollout_id, hold)
 
     async def attach(self, rollout_id: str) -> EdgeSandbox:
         """A rollout's box, from its first call on: what it did is answered from its log.
 
         Whoever held it before is fenced off. ``KeyError`` when the rollout never had a box.
         """
-        return self.hold(Hold(**await self.ask("attach", rollout_id=rollout_id)))
+        return self.hold(rollout_id, await self.ask("attach", rollout_id=rollout_id))
 
     async def list(self) -> list[dict[str, Any]]:
         """Every box the edge knows of, oldest first."""
@@ -255,11 +263,12 @@ class EdgeClient:
         if task:
             task.cancel()
 
-    def hold(self, hold: Hold) -> EdgeSandbox:
-        """The box that was handed out, whose lease is renewed from now on."""
+    def hold(self, rollout_id: str, fields: Mapping[str, Any], *, create: Create | None = None) -> EdgeSandbox:
+        """The box that was handed out, whose lease is renewed from now on. ``create`` makes its forks."""
+        hold = Hold(**{**fields, "spec": SandboxSpec(**fields["spec"])})
         self.forget(hold.box_id)
         self._renewing[hold.box_id] = asyncio.create_task(self._renew(hold))
-        return EdgeSandbox(self, hold)
+        return EdgeSandbox(self, rollout_id, hold, create or self.create)
 
     async def _renew(self, hold: Hold) -> None:
         while True:
@@ -272,49 +281,36 @@ class EdgeClient:
                     return
 
 
-class EdgeSandbox:
-    """One box at the edge, as this client sees it. Satisfies the ``Sandbox`` protocol."""
+class EdgeSandbox(Operations):
+    """One box at the edge, as this client sees it."""
 
-    def __init__(self, client: EdgeClient, hold: Hold) -> None:
+    def __init__(self, client: EdgeClient, rollout_id: str, hold: Hold, create: Create) -> None:
+        self.rollout_id = rollout_id
         self.hold = hold
         self._client = client
+        self._create = create
         self._position = 0
 
-    async def exec(
-        self,
-        command: str | Sequence[str],
-        *,
-        stdin: bytes = b"",
-        timeout_s: float | None = None,
-        max_output: int = 1 << 20,
-        env: Mapping[str, str] | None = None,
-        idempotent: bool = False,
-    ) -> ExecResult:
-        """Run a command, once. ``idempotent`` says that running it again is harmless when its end is not known."""
-        request = exec_request(command, stdin=stdin, timeout_s=timeout_s, max_output=max_output, env=env)
-        result: ExecResult = await self.call(request, idempotent)
-        return result
+    async def fork(self, count: int) -> list[EdgeSandbox]:
+        """New boxes that begin with this one's workdir, for the rollouts ``ROLLOUT_ID.CALL.0`` and on.
 
-    async def read(self, path: str, *, max_bytes: int = 1 << 20) -> bytes:
-        """Content of a regular file."""
-        data: bytes = await self.call(Request("read", {"path": path, "max_bytes": max_bytes}))
-        return data
-
-    async def write(self, path: str, data: bytes, *, idempotent: bool = False) -> None:
-        """Create or replace a file, atomically, once."""
-        await self.call(Request("write", {"path": path, "data": data}), idempotent)
-
-    async def list(self, path: str = ".") -> list[str]:
-        """Regular files below a directory, sorted."""
-        names: list[str] = await self.call(Request("list", {"path": path}))
-        return names
+        A client that comes back and makes the same calls gets the same boxes.
+        """
+        name = f"{self.rollout_id}.{self._position}"
+        snapshot = await self.snapshot()
+        spec = dataclasses.replace(self.hold.spec, image=snapshot.image)
+        rollouts = [f"{name}.{index}" for index in range(count)]
+        substrate = self.hold.substrate
+        return await asyncio.gather(
+            *(self._create(rollout, spec, token=rollout, substrate=substrate) for rollout in rollouts)
+        )
 
     async def close(self) -> None:
         """Kill and remove the box. Its log stays at the edge."""
         self._client.forget(self.hold.box_id)
         await self._client.ask("close", box_id=self.hold.box_id, epoch=self.hold.epoch)
 
-    async def call(self, request: Request, idempotent: bool = False) -> Any:
+    async def ask(self, request: Request, idempotent: bool = False) -> Any:
         """The next call of this client, given as a value."""
         position, self._position = self._position, self._position + 1
         arguments = {

@@ -18,7 +18,7 @@ from posttrain.types import SandboxSpec
 from sandbox import wire
 from sandbox.conformance import find_substrate
 from sandbox.edge import Edge, Limits, serve_boxes
-from sandbox.recorded import Request, outcome_of
+from sandbox.operations import Request, outcome_of
 
 SOCKET = "edge.sock"
 

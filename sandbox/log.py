@@ -105,6 +105,7 @@ class TrajectoryLog:
         self.folder = folder
         self.epoch = 0
         self.operations: list[Operation] = []
+        self.snapshots: list[Record] = []
         self.ended: Record | None = None
         """The LOST or CLOSE record; after it no operation starts."""
         self._by_seq: dict[int, Operation] = {}
@@ -368,6 +369,8 @@ class TrajectoryLog:
         elif record.kind is RecordKind.RESULT:
             assert data["intent"] in self._by_seq, f"a RESULT for record {data['intent']}, which is no INTENT"
             self._by_seq[data["intent"]].result = record.seq
+        elif record.kind is RecordKind.SNAPSHOT:
+            self.snapshots.append(record)
         elif record.kind in (RecordKind.LOST, RecordKind.CLOSE):
             self.ended = record
 

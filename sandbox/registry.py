@@ -146,6 +146,13 @@ class Registry:
         columns = "box_id, rollout_id, edge, substrate, labels, state, cause, created_s, deadline_s, ended_s"
         return [_described(row) for row in self._db.execute(f"SELECT {columns} FROM boxes ORDER BY rowid")]
 
+    def box(self, box_id: str) -> dict[str, Any]:
+        """One box. ``KeyError`` when it is not known."""
+        row = self._db.execute("SELECT * FROM boxes WHERE box_id = ?", (box_id,)).fetchone()
+        if row is None:
+            raise KeyError(f"box {box_id!r} is not one of this service's")
+        return _described(row)
+
     def newest(self, rollout_id: str) -> dict[str, Any] | None:
         """The latest box of a rollout."""
         query = "SELECT * FROM boxes WHERE rollout_id = ? ORDER BY rowid DESC LIMIT 1"
@@ -166,12 +173,14 @@ class Registry:
         labels: Mapping[str, str],
         deadline_s: float,
         max_boxes: int,
+        edge: str | None = None,
     ) -> dict[str, Any] | None:
-        """An opening box on an edge with room, which takes that room; None when no edge has any.
+        """An opening box on an edge with room, or on the one named, which takes that room; None when there is none.
 
         Raises ``SandboxUnavailable`` when no edge serves the substrate.
         """
-        edge = choose({edge["name"]: max_boxes - edge["num_boxes"] for edge in self._serving(substrate)})
+        room = {found["name"]: max_boxes - found["num_boxes"] for found in self._serving(substrate)}
+        edge = choose({name: room[name] for name in room if edge in (name, None)})
         if edge is None:
             return None
         box_id = f"{edge}-{uuid.uuid4().hex[:16]}"

@@ -27,7 +27,6 @@ from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
 from sandbox.actors import AWAY_S, GATEWAY, WATCHER, ActorLink, Gateway, Watcher, edge_name
 from sandbox.conformance import find_substrate
-from sandbox.edge import Hold
 from sandbox.edge_client import EdgeClient, EdgeSandbox, Link, SocketLink, packed, value_of
 from sandbox.registry import OWNER, ServiceLimits
 
@@ -78,7 +77,7 @@ class SandboxService:
             ttl_idle_s=ttl_idle_s,
             ttl_max_s=ttl_max_s,
         )
-        return self._take(**handed_out)
+        return self._take(rollout_id, **handed_out)
 
     async def attach(self, rollout_id: str) -> EdgeSandbox:
         """A rollout's newest box, from its first call on: what it did is answered from its log.
@@ -86,7 +85,7 @@ class SandboxService:
         Whoever held it before is fenced off. ``KeyError`` when the rollout never had a box, ``SandboxLost`` when the
         box's edge is lost, and its log with it.
         """
-        return self._take(**await self._gateway.ask("attach", rollout_id=rollout_id))
+        return self._take(rollout_id, **await self._gateway.ask("attach", rollout_id=rollout_id))
 
     async def ps(self) -> list[dict[str, Any]]:
         """Every box of every edge whose log is kept, oldest first.
@@ -108,10 +107,20 @@ class SandboxService:
             await client.disconnect()
         self._edges.clear()
 
-    def _take(self, *, hold: dict[str, Any], edge: str, host: str, socket: str) -> EdgeSandbox:
+    async def _fork(
+        self, beside: str, rollout_id: str, spec: SandboxSpec, *, token: str, substrate: str
+    ) -> EdgeSandbox:
+        """A box on the edge of another, where that one's snapshots lie, with the same labels."""
+        handed_out = await self._gateway.ask(
+            "create", rollout_id=rollout_id, spec=packed(spec), token=token, substrate=substrate, beside=beside
+        )
+        return self._take(rollout_id, **handed_out)
+
+    def _take(self, rollout_id: str, *, hold: dict[str, Any], edge: str, host: str, socket: str) -> EdgeSandbox:
         if edge not in self._edges:
             self._edges[edge] = EdgeClient(self._link(edge, host, Path(socket)))
-        return self._edges[edge].hold(Hold(**hold))
+        fork = functools.partial(self._fork, hold["box_id"])
+        return self._edges[edge].hold(rollout_id, hold, create=fork)
 
     def _link(self, edge: str, host: str, path: Path) -> Link:
         gone = functools.partial(self._gateway.ask, "gone", edge=edge)

@@ -240,13 +240,17 @@ class Job:
         """Tell the programs on the job's terminal its new size. ``ValueError`` without a terminal."""
         await self._box.ask(agent_streams.RESIZE, agent.pack(self._op, rows, columns))
 
-    async def interrupt(self, *, op_id: str = "") -> None:
+    async def signal(self, number: int, *, op_id: str = "") -> None:
+        """A signal to the process group; SIGKILL to everything the job started."""
+        await self._box.signal(self._op, number, op_id=op_id)
+
+    async def interrupt(self) -> None:
         """SIGINT to the process group, as Ctrl-C gives."""
-        await self._box.signal(self._op, SIGINT, op_id=op_id)
+        await self.signal(SIGINT)
 
     async def kill(self) -> None:
         """SIGKILL to everything the job started."""
-        await self._box.signal(self._op, SIGKILL)
+        await self.signal(SIGKILL)
 
     async def __aenter__(self) -> Job:
         return self

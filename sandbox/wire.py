@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable, Unsupported
 from sandbox.edge import EdgeBusy
 from sandbox.log import Fenced, LogDamaged, decode, encode
+from sandbox.operations import HandleLost
 from sandbox.recorded import Diverged, Unknown
 from sandbox.registry import QuotaExceeded
 
@@ -29,6 +30,7 @@ KINDS: Mapping[str, type[Exception]] = {
         Fenced,
         Diverged,
         Unknown,
+        HandleLost,
         LogDamaged,
         EdgeBusy,
         QuotaExceeded,

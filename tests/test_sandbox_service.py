@@ -198,8 +198,8 @@ def test_a_client_that_comes_back_fast_forwards_over_socket_and_actor_alike(serv
         assert isinstance(first._client.link, SocketLink), "the edge is on this host"
         assert (await first.exec(COUNT)).stdout == b"x\n"
         async with connect() as other:
-            hold = (await other.attach("r")).hold
-            far = EdgeSandbox(EdgeClient(ActorLink(edge_name(edge_of(first)), NAMESPACE)), hold)
+            far = await other.attach("r")
+            far._client = EdgeClient(ActorLink(edge_name(edge_of(first)), NAMESPACE))
             assert [(await far.exec(COUNT)).stdout for _ in range(2)] == [b"x\n", b"x\nx\n"]
             with pytest.raises(Fenced):
                 await first.exec(COUNT)
