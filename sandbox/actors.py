@@ -26,7 +26,7 @@ from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
 from sandbox import wire
 from sandbox.edge import Edge, EdgeBusy, Limits, serve_boxes
-from sandbox.edge_client import CANCEL_DEADLINE_S, RETRY_S, Away, value_of, wait_for_it
+from sandbox.edge_client import CANCEL_DEADLINE_S, PATIENCE_S, RETRY_S, Away, value_of, wait_for_it
 from sandbox.edge_server import SOCKET, answer, serving
 from sandbox.registry import OWNER, Registry, ServiceLimits
 
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 GATEWAY, WATCHER = "gateway", "watcher"
 AWAY_S = 30.0
 """How long an actor may be away before that is a failure."""
-PATIENCE_S = 2.0
-"""An edge that has not answered within this time is asked about."""
 START_DEADLINE_S = 60.0
 POLL_S = 0.05
 NEVER_MADE_S = 10.0

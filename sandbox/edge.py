@@ -117,8 +117,11 @@ class Hold:
 class LiveBox:
     """A box as the edge keeps it."""
 
-    def __init__(self, box_id: str, recorder: Recorder, keeper: asyncio.Task[None], closing: asyncio.Event) -> None:
+    def __init__(
+        self, box_id: str, kind: Substrate, recorder: Recorder, keeper: asyncio.Task[None], closing: asyncio.Event
+    ) -> None:
         self.box_id = box_id
+        self.kind = kind
         self.recorder = recorder
         self.ttl_idle_s = self.removed_at = self.used_at = self.beat_at = self.heard_at = 0.0
         self.attended = True
@@ -409,7 +412,7 @@ class Edge:
         except BaseException:
             closing.set()
             raise
-        return LiveBox(box_id, recorder, keeper, closing)
+        return LiveBox(box_id, kind, recorder, keeper, closing)
 
     async def _admit(self) -> None:
         room = f"{self.limits.max_boxes} boxes are open on this edge"
@@ -469,7 +472,7 @@ class Edge:
         cause = "the client's lease ran out"
         async with box.changing:
             box.attended = False
-            if isinstance(box.recorder.box, Pausable) and self.substrate.capabilities().get("pause", True):
+            if isinstance(box.recorder.box, Pausable) and box.kind.capabilities().get("pause", True):
                 if not await self._changes(box, box.recorder.box.pause()):
                     return
                 box.paused = True

@@ -26,6 +26,8 @@ RETRY_S = (0.05, 1.0)
 """The first pause before trying again, and the longest; each is twice the one before."""
 PING = -1
 CANCEL_DEADLINE_S = 30.0
+PATIENCE_S = 2.0
+"""An edge that has said nothing for this long is asked for a sign of life."""
 
 
 Create = Callable[..., Awaitable["EdgeSandbox"]]
@@ -139,10 +141,11 @@ class SocketLink:
     async def _take_replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Until the edge hangs up. One that is connected and silent is asked for a sign of life, then given up."""
         heard_at = time.monotonic()
+        patience_s = min(self.retry_s / 3, PATIENCE_S)
         receiving = asyncio.create_task(wire.receive(reader))
         try:
             while True:
-                await asyncio.wait({receiving}, timeout=self.retry_s / 3)
+                await asyncio.wait({receiving}, timeout=patience_s)
                 if receiving.done():
                     reply = receiving.result()
                     if reply is None:
@@ -150,7 +153,7 @@ class SocketLink:
                     heard_at = time.monotonic()
                     self._resolve(reply)
                     receiving = asyncio.create_task(wire.receive(reader))
-                elif reason := await self._away():
+                elif time.monotonic() - heard_at >= 2 * patience_s and (reason := await self._away()):
                     raise SandboxLost(reason)
                 elif time.monotonic() - heard_at >= self.retry_s:
                     raise SandboxLost(f"the edge at {self.path} is there and has not answered for {self.retry_s:.0f} s")

@@ -107,9 +107,10 @@ class Registry:
         return _described(row)
 
     def add_edge(self, node_id: str, host: str, *, alive: Collection[str]) -> str:
-        """A name for a node's edge: that of a dead node of the same host, where its boxes' logs lie, or a new one."""
+        """A name for a node's edge: that of a lost one of the same host, where its boxes' logs lie, or a new one."""
         for edge in self.edges():
-            if edge["node_id"] not in alive and edge["host"] == host:
+            is_lost = edge["state"] == "lost" or edge["node_id"] not in alive
+            if is_lost and edge["host"] == host:
                 self._db.execute("UPDATE edges SET node_id = ? WHERE name = ?", (node_id, edge["name"]))
                 return str(edge["name"])
         name = f"e{len(self.edges())}"
