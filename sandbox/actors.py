@@ -197,6 +197,7 @@ class Gateway:
             "ps": self._ps,
             "edges": self._edges,
             "gone": self._gone,
+            "stopped": self._stopped,
         }
 
     async def exchange(self, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +264,11 @@ class Gateway:
     async def _gone(self, *, edge: str) -> str:
         found = self._registry.edge(edge)
         return f"edge {edge} is lost: {found['cause']}" if found["state"] == "lost" else ""
+
+    async def _stopped(self) -> None:
+        for edge in self._registry.edges():
+            if edge["state"] != "lost":
+                self._registry.lose_edge(edge["name"], "the service was stopped")
 
     def _handed_out(self, box: Mapping[str, Any], hold: dict[str, Any]) -> dict[str, Any]:
         edge = self._registry.edge(box["edge"])

@@ -191,8 +191,10 @@ def stop_service(namespace: str = NAMESPACE) -> None:
     with contextlib.suppress(RayError):
         # One that cannot stop is killed, and its boxes with it.
         ray.get([actor.stop.remote() for name, actor in actors.items() if name in up], timeout=STOP_DEADLINE_S)
-    for actor in (*actors.values(), gateway):
+    for actor in actors.values():
         ray.kill(actor)
+    ray.get(gateway.exchange.remote("stopped", {}), timeout=STOP_DEADLINE_S)
+    ray.kill(gateway)
 
 
 def _edges(gateway: Any) -> list[dict[str, Any]]:
