@@ -222,17 +222,10 @@ class Gateway:
             edge, labels = model["edge"], model["labels"]
             if reason := await self._gone(edge=edge):
                 raise SandboxLost(f"box {beside} is gone: {reason}")
-        box = self._registry.newest(rollout_id)
-        if box and box["ended_s"] is None and box["token"] != token:
-            await self._census()
-            box = self._registry.newest(rollout_id)
-        if box and box["ended_s"] is None and box["token"] != token:
-            raise ValueError(
-                f"rollout {rollout_id!r} has box {box['box_id']} already ({box['state']}); attach to it or close it"
-            )
+        box = await self._asked_for(rollout_id, token)
         wanted: dict[str, Any] = {"substrate": substrate, "labels": _checked(labels)}
         for attempts_left in reversed(range(CREATE_ATTEMPTS)):
-            if box is None or box["ended_s"] is not None:
+            if box is None:
                 deadline_s = time.time() + (ttl_max_s or self._limits.edge.ttl_max_s)
                 box = await self._place(rollout_id, token, deadline_s=deadline_s, edge=edge, **wanted)
             named = {"rollout_id": rollout_id, "box_id": box["box_id"], "token": box["box_id"], "ttl_max_s": ttl_max_s}
@@ -245,6 +238,18 @@ class Gateway:
                     raise
                 box = None
         raise AssertionError("the last attempt returns or raises")
+
+    async def _asked_for(self, rollout_id: str, token: str) -> dict[str, Any] | None:
+        """The box that an earlier request with this token is about. ``ValueError`` when the rollout has another."""
+        box = self._registry.newest(rollout_id)
+        if box and box["token"] != token and box["ended_s"] is None:
+            await self._census()
+            box = self._registry.newest(rollout_id)
+        if box and box["token"] != token and box["ended_s"] is None:
+            raise ValueError(
+                f"rollout {rollout_id!r} has box {box['box_id']} already ({box['state']}); attach to it or close it"
+            )
+        return box if box and box["token"] == token else None
 
     async def _attach(self, *, rollout_id: str) -> dict[str, Any]:
         box = self._registry.newest(rollout_id)
@@ -310,9 +315,9 @@ class Gateway:
             self._registry.check_quotas(labels, self._limits.quotas)
 
     async def _census(self) -> None:
-        """Ask every edge that is up. One that does not answer is the watcher's to deal with."""
-        up = [edge["name"] for edge in self._registry.edges() if edge["state"] == "up"]
-        await asyncio.gather(*(self._ask_edge(edge) for edge in up))
+        """Ask every edge that is not lost. One that does not answer is the watcher's to deal with."""
+        edges = [edge["name"] for edge in self._registry.edges() if edge["state"] != "lost"]
+        await asyncio.gather(*(self._ask_edge(edge) for edge in edges))
 
     async def _ask_edge(self, edge: str) -> None:
         with contextlib.suppress(RayError, TimeoutError, ValueError):

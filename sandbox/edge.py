@@ -191,7 +191,7 @@ class Edge:
     ) -> Hold:
         """A fresh box for a rollout, of the edge's first substrate unless another is named.
 
-        Asking again with the same ``token`` gives the same box, or ``SandboxLost`` when it is gone. Raises
+        Asking again with the same ``token`` gives the same box, or ``SandboxLost`` when it never came to be. Raises
         ``EdgeBusy``, ``ValueError`` when the rollout has a box (attach to it), a lifetime is above the edge's limit or
         there is no such substrate, and what the substrate raises.
         """
@@ -202,7 +202,8 @@ class Edge:
             )
         if row and row["token"] == token:
             box_id = str(row["box_id"])
-            if row["state"] in GONE:
+            if row["state"] in GONE and not row["epoch"]:
+                # Nobody has had it. One that was handed out still answers from its log.
                 raise SandboxLost(f"box {box_id} is gone: {row['cause']}; create another")
         else:
             kind = self._substrate(substrate)

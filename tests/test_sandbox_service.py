@@ -232,7 +232,14 @@ def test_forks_are_made_where_the_snapshot_lies_and_count(service: Path) -> None
         for fork in forks:
             assert (await fork.exec(COUNT)).stdout == b"x\nx\n"
         assert [row["labels"]["job"] for row in (await service.ps())[-3:]] == ["forked"] * 3
-        assert (await (await service.attach(forks[1].rollout_id)).exec(COUNT)).stdout == b"x\nx\n"
+        await forks[0].close()
+        # A client that comes back and makes the same calls has the same boxes, closed ones included.
+        box = await service.attach("f")
+        assert (await box.exec(COUNT)).stdout == b"x\n"
+        again = await box.fork(2)
+        assert [fork.hold.box_id for fork in again] == [fork.hold.box_id for fork in forks]
+        for fork in again:
+            assert (await fork.exec(COUNT)).stdout == b"x\nx\n"
 
     run(play)
 
