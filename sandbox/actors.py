@@ -28,6 +28,7 @@ from sandbox import wire
 from sandbox.edge import Edge, EdgeBusy, Limits, serve_boxes
 from sandbox.edge_client import CANCEL_DEADLINE_S, PATIENCE_S, RETRY_S, Away, value_of, wait_for_it
 from sandbox.edge_server import SOCKET, answer, serving
+from sandbox.pool import close_pools
 from sandbox.registry import OWNER, Registry, ServiceLimits
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class EdgeActor:
         """Remove every box and let go of the folder."""
         await self._edge()
         await self._stack.aclose()
+        await close_pools()
 
     async def _edge(self) -> Edge:
         return await asyncio.shield(self._starting)

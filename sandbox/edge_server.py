@@ -19,6 +19,7 @@ from sandbox import wire
 from sandbox.conformance import find_substrate
 from sandbox.edge import Edge, Limits, serve_boxes
 from sandbox.operations import Request, outcome_of
+from sandbox.pool import close_pools
 
 SOCKET = "edge.sock"
 
@@ -140,6 +141,7 @@ async def run(folder: Path, substrates: Sequence[str], limits: Limits) -> None:
         sys.stdout.write(f"serving {', '.join(substrates)} boxes on {folder / SOCKET}\n")
         sys.stdout.flush()
         await stopped.wait()
+    await close_pools()
 
 
 def main() -> int:
