@@ -19,6 +19,8 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from posttrain import network
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -49,6 +51,15 @@ class SandboxSpec:
     """Wall-clock limit of one command unless the command names its own."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files written below ``workdir`` before the first command: relative path -> content."""
+    network: tuple[str, ...] = ()
+    """What the box may reach, through an HTTP proxy on the host; empty: nothing. An entry is a ``host``, ``*.host`` or
+    a block of addresses, with ``:port`` or for 80 and 443; see ``posttrain.network``."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, str):
+            # A log gives back lists.
+            object.__setattr__(self, "network", tuple(self.network))
+        network.parse(self.network, field="SandboxSpec.network")
 
 
 class ExecStatus(StrEnum):

@@ -30,7 +30,7 @@ class Case:
 
     command: str | Sequence[str]
     stdout: str
-    """Trailing newlines do not count."""
+    """Trailing newlines do not count. Never empty: a program that does nothing prints that."""
     stdin: str = ""
     exit_code: int = 0
 
@@ -65,7 +65,7 @@ class HiddenTests:
         if sandbox is None:
             raise SandboxError("HiddenTests.score got no sandbox; open one from its sandbox spec for this rollout")
         placed = {**files, **hidden}
-        faults = [await self._run(sandbox, placed, case, first=case is cases[0]) for case in cases]
+        faults = [await self._run(sandbox, placed, case, first=i == 0) for i, case in enumerate(cases)]
         parts = {f"case_{i}": float(not fault) for i, fault in enumerate(faults)}
         share = sum(parts.values()) / len(parts)
         failed = [i for i, fault in enumerate(faults) if fault]
@@ -136,9 +136,13 @@ def _checked_path(path: str, task: Task, where: str) -> str:
 
 def _read_case(row: Mapping[str, Any], index: int, task: Task) -> Case:
     try:
-        return Case(**row)
-    except TypeError as error:
-        raise RecipeError(
-            f"task {task.id!r}: info['cases'][{index}] = {row!r}: expected 'command' and 'stdout', and perhaps 'stdin' "
-            f"and 'exit_code' ({error})"
-        ) from error
+        case = Case(**row)
+        if case.stdout.strip():
+            return case
+        problem = "stdout is empty, which a program that does nothing prints, too"
+    except (TypeError, AttributeError) as error:
+        problem = str(error)
+    raise RecipeError(
+        f"task {task.id!r}: info['cases'][{index}] = {row!r}: expected 'command' and 'stdout', and perhaps 'stdin' and "
+        f"'exit_code'; {problem}"
+    )

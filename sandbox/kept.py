@@ -48,8 +48,9 @@ class Kept:
     """
 
     base: Substrate = field(default_factory=Process)
-    limits: Limits = field(default_factory=lambda: Limits(max_boxes=256))
-    """Of each host. Recipes bound their boxes by ``Workers.max_concurrent_sandboxes``; this is the last resort."""
+    limits: Limits = field(default_factory=lambda: Limits(max_boxes=256, ttl_idle_s=4 * 3600.0))
+    """Of each host, as a last resort: ``Workers`` bounds the number of boxes and the time of an episode, in which a box
+    may idle while the model speaks."""
     keep_s: float = 1800.0
     """How long the edge and its boxes stay when no client holds any."""
     folder: Path | None = None

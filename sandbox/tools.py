@@ -6,7 +6,6 @@ machinery fails at (``SandboxError``) is raised, and never looks like the output
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -147,44 +146,44 @@ class BoxToolSession:
         self._shell: Shell | None = None
 
     async def call(self, call: ToolCall) -> Observation:
-        """Run a tool; what it says is never longer than the rules allow, by more than a line."""
-        observation = await self._observe(call)
-        # A model may write half of a surrogate pair, and an error message repeat it.
-        text = observation.text.encode(errors="replace").decode()
-        return dataclasses.replace(observation, text=clip(text, self._rules.max_chars))
-
-    async def _observe(self, call: ToolCall) -> Observation:
+        """Run a tool. What it says is at most a few lines longer than ``max_chars``."""
         if call.name not in KINDS:
-            return Observation(f"(there is no tool {call.name!r}; there are {', '.join(KINDS)})")
+            return self._say(f"(there is no tool {call.name!r}; there are {', '.join(KINDS)})")
         try:
             arguments = KINDS[call.name].model_validate(call.arguments)
         except ValidationError as error:
-            return Observation(f"({call.name} was not run: {_faults(error)})")
+            return self._say(f"({call.name} was not run: {_faults(error)})")
         try:
-            if isinstance(arguments, Submit):
-                return await self._submit(arguments)
-            return Observation(await self._run(arguments))
+            return await self._run(arguments)
         except OSError as error:
             if error.errno is None:
                 # No answer of a file system: a deadline or a connection of ours.
                 raise
-            return Observation(f"({call.name} failed: {error.strerror})")
+            return self._say(f"({call.name} failed: {error.strerror})")
         except ValueError as error:
-            return Observation(f"({call.name} failed: {error})")
+            return self._say(f"({call.name} failed: {error})")
 
-    async def _run(self, arguments: _Arguments) -> str:
+    async def _run(self, arguments: _Arguments) -> Observation:
         match arguments:
             case Bash():
-                return await self._bash(arguments)
+                return Observation(await self._bash(arguments))
             case Read():
-                return await self._read(arguments)
+                return self._say(await self._read(arguments))
             case Write():
-                await self._sandbox.write(self._path(arguments.path), arguments.content.encode())
-                return f"(wrote {len(arguments.content.encode())} bytes to {arguments.path})"
+                data = arguments.content.encode()
+                await self._sandbox.write(self._path(arguments.path), data)
+                return self._say(f"(wrote {len(data)} bytes to {arguments.path})")
             case Edit():
-                return await self._edit(arguments)
+                return self._say(await self._edit(arguments))
+            case Submit():
+                submitted = await self._submit(arguments)
+                return Observation(self._say(f"(submitted {', '.join(submitted)})").text, submitted)
             case _:
                 raise AssertionError(arguments)
+
+    def _say(self, text: str) -> Observation:
+        # A model may write half of a surrogate pair, and an error message repeat it.
+        return Observation(clip(text, self._rules.max_chars).encode(errors="replace").decode())
 
     async def _bash(self, arguments: Bash) -> str:
         rules = self._rules
@@ -228,7 +227,7 @@ class BoxToolSession:
         if not result.ok:
             raise ValueError(describe(result, max_chars=self._rules.max_chars))
 
-    async def _submit(self, arguments: Submit) -> Observation:
+    async def _submit(self, arguments: Submit) -> Mapping[str, bytes]:
         rules, left = self._rules, self._rules.max_file_bytes
         if len(arguments.paths) > rules.max_submitted:
             raise ValueError(f"{len(arguments.paths)} files: expected at most {rules.max_submitted}")
@@ -239,7 +238,7 @@ class BoxToolSession:
             except (FileNotFoundError, IsADirectoryError) as error:
                 raise ValueError(f"{path}: {error.strerror}; nothing was submitted") from error
             left -= len(submitted[path])
-        return Observation(f"(submitted {', '.join(submitted)})", submitted)
+        return submitted
 
     async def _text(self, path: str) -> str:
         data = await self._sandbox.read(self._path(path), max_bytes=self._rules.max_file_bytes)

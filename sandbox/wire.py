@@ -37,6 +37,7 @@ KINDS: Mapping[str, type[Exception]] = {
         RecipeError,
         ValueError,
         KeyError,
+        EOFError,
         OSError,
     )
 }

@@ -186,6 +186,8 @@ def test_partial_credit_and_the_parts_that_explain_it(isolated):
         ({"artifacts": ["../x"]}, r"info\['artifacts'\] names '../x'"),
         ({"hidden_files": {"/etc/x": ""}}, r"info\['hidden_files'\] names '/etc/x'"),
         ({"cases": [{"command": "true"}]}, "'command' and 'stdout'"),
+        ({"cases": [{"command": "true", "stdout": 1}]}, "'command' and 'stdout'"),
+        ({"cases": [{"command": "true", "stdout": "\n"}]}, "a program that does nothing prints, too"),
         ({"cases": [{"command": "true", "stdout": "", "retry": 1}]}, "'command' and 'stdout'"),
     ],
 )

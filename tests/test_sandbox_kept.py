@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +20,21 @@ from transformers import LlamaForCausalLM
 
 from posttrain.config import Workers
 from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable
-from posttrain.protocols import KeepsBoxes, Sandbox, Substrate
+from posttrain.protocols import Environment, KeepsBoxes, Sandbox, Substrate
 from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
-from posttrain.rollout.player import GroupJob, Play
+from posttrain.rollout.environments import ToolUse
+from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.samples import rollout_metrics
-from posttrain.types import Group, Message, Rollout, Sampling, SandboxSpec, StopReason, Task
+from posttrain.types import Message, Sampling, SandboxSpec, StopReason, Task, ToolCall
 from sandbox.edge import Limits
 from sandbox.edge_client import EdgeClient
+from sandbox.edge_server import SOCKET
 from sandbox.kept import Kept, edge_pid, socket_in
 from sandbox.local import LocalUnsafe
 from sandbox.log import RecordKind, TrajectoryLog
 from sandbox.process import Process
-from tests.tiny_models import END, save_tiny_model
+from sandbox.tools import BoxTools
+from tests.tiny_models import END, ScriptedEngine, save_tiny_model, tiny_chat
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -46,14 +49,12 @@ GIVE_UP_S = 60.0
 class Counts:
     """Every turn of the policy runs the next command of a fixed list, each of which adds a line to a file.
 
-    Where the first process that plays gets to command ``KILLED_AT`` of rollout 1, it names itself in ``folder/pid`` and
-    waits for its end: with the command's result in hand, or (``amid``) while the command runs. ``diverges`` makes
-    every later process ask for other commands.
+    The first process that gets to command ``KILLED_AT`` names itself in ``folder/NAME`` and waits for its end: with the
+    command's result in hand, or, where ``name`` is "amid", while the command runs.
     """
 
     folder: Path
-    amid: bool = False
-    diverges: bool = False
+    name: str
     max_turns: int = NUM_COMMANDS + 1
 
     def start(self, task: Task, sandbox: Sandbox | None) -> CountingEpisode:
@@ -63,22 +64,20 @@ class Counts:
 
 class CountingEpisode:
     def __init__(self, rules: Counts, sandbox: Sandbox) -> None:
-        self._rules, self._sandbox = rules, sandbox
-        self._again = (rules.folder / "pid").is_symlink()
+        self._sandbox = sandbox
+        self._mark = rules.folder / rules.name
+        self._amid = rules.name == "amid"
         self._turn = 0
 
     async def respond(self, text: str) -> tuple[Message, ...] | None:
         turn, self._turn = self._turn, self._turn + 1
         if turn == NUM_COMMANDS:
             return None
-        dies_here = turn == KILLED_AT and not self._again
-        pause = "sleep 1; " if turn == KILLED_AT and self._rules.amid else ""
-        name = "other" if self._again and self._rules.diverges else "counter"
-        running = asyncio.create_task(self._sandbox.exec(f"echo {turn} >> {name}; {pause}cat {name}", timeout_s=20))
-        if dies_here:
-            await (asyncio.sleep(0.3) if self._rules.amid else running)
-            with contextlib.suppress(FileExistsError):
-                (self._rules.folder / "pid").symlink_to(str(os.getpid()))
+        pause = "sleep 2; " if turn == KILLED_AT and self._amid else ""
+        running = asyncio.create_task(self._sandbox.exec(f"echo {turn} >> f; {pause}cat f", timeout_s=20))
+        if turn == KILLED_AT and not self._mark.is_symlink():
+            await (asyncio.sleep(0.5) if self._amid else running)
+            self._mark.symlink_to(str(os.getpid()))
             await asyncio.sleep(GIVE_UP_S)
         return ({"role": "tool", "content": (await running).stdout.decode()},)
 
@@ -113,31 +112,11 @@ def isolated() -> Process:
     return Process()
 
 
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    with ray_session(WORKERS):
-        yield
-
-
-def play_and_kill(model: str, kept: Kept, environment: Counts, *, num_rollouts: int = 3) -> Group:
-    """The rollouts of one task, whose actor is killed by SIGKILL when the environment says so."""
-    play = Play(environment=environment, reward=None, sampling=Sampling(max_tokens=4), max_sequence_tokens=250)
-    task = Task(id="t", domain="d", prompt=({"role": "user", "content": "count"},), sandbox=SandboxSpec())
-    spec = WorkerSpec(model_path=model, dtype="float32", max_length=256, workers=WORKERS, substrate=kept)
-    killer = threading.Thread(target=kill_when_named, args=(environment.folder,))
-    killer.start()
-    with RolloutService(spec) as service:
-        [group] = service.play([GroupJob(id="s/0", task=task, num_rollouts=num_rollouts, play=play, seed=1)])
-    killer.join()
-    assert service.counters.actors_replaced == 1
-    return group
-
-
-def kill_when_named(folder: Path) -> None:
+def kill_when_named(marks: list[Path]) -> None:
     give_up = time.monotonic() + GIVE_UP_S
-    while not (folder / "pid").is_symlink() and time.monotonic() < give_up:
+    while not all(mark.is_symlink() for mark in marks) and time.monotonic() < give_up:
         time.sleep(0.01)
-    os.kill(int(str((folder / "pid").readlink())), signal.SIGKILL)
+    os.kill(int(str(marks[0].readlink())), signal.SIGKILL)
 
 
 def boxes_of(kept: Kept) -> list[dict[str, str]]:
@@ -149,25 +128,35 @@ def boxes_of(kept: Kept) -> list[dict[str, str]]:
     return asyncio.run(ask())
 
 
-def told(rollout: Rollout) -> list[str]:
-    return [turn.observations[0]["content"] for turn in rollout.turns[:-1]]
+def job(name: str, environment: Environment) -> GroupJob:
+    play = Play(environment=environment, reward=None, sampling=Sampling(max_tokens=80), max_sequence_tokens=250)
+    task = Task(id="t", domain="d", prompt=({"role": "user", "content": "count"},), sandbox=SandboxSpec())
+    return GroupJob(id=name, task=task, num_rollouts=1, play=play, seed=1)
 
 
-@pytest.mark.parametrize("amid", [False, True], ids=["between commands", "amid a command"])
-def test_a_rollout_whose_actor_is_killed_goes_on_in_its_box(ray_here, silent_model, isolated, tmp_path, amid):
-    with Kept(base=isolated).for_run(tmp_path / "run") as kept:
+def test_rollouts_whose_actor_is_killed_go_on_in_their_boxes(silent_model, isolated, tmp_path):
+    names = ["between", "amid", "between"]
+    jobs = [job(f"s/{i}", Counts(tmp_path, name)) for i, name in enumerate(names)]
+    killer = threading.Thread(target=kill_when_named, args=([tmp_path / "between", tmp_path / "amid"],))
+    # Boxes left by the dead actor count, too, and there is room for no more than it may hold.
+    limits = Limits(max_boxes=WORKERS.max_concurrent_sandboxes, max_waiting=0)
+    with ray_session(WORKERS), Kept(base=isolated, limits=limits).for_run(tmp_path / "run") as kept:
+        spec = WorkerSpec(model_path=silent_model, dtype="float32", max_length=256, workers=WORKERS, substrate=kept)
         edge = psutil.Process(edge_pid(kept.edge_folder))
-        group = play_and_kill(silent_model, kept, Counts(tmp_path, amid=amid))
+        killer.start()
+        with RolloutService(spec) as service:
+            rollouts = [rollout for group in service.play(jobs) for rollout in group.rollouts]
+        assert service.counters.actors_replaced == 1
         boxes = boxes_of(kept)
         started = edge.children(recursive=True)
-    for rollout in group.rollouts:
+    for rollout in rollouts:
         assert (rollout.stop, rollout.failures) == (StopReason.FINISHED, ())
-        assert rollout.artifacts == {"counter": b"0\n1\n2\n3\n4\n"}
-        assert told(rollout) == ["".join(f"{i}\n" for i in range(n + 1)) for n in range(NUM_COMMANDS)]
-    # One box a rollout, whoever played it, and in its log each command once, with one result.
-    assert sorted(box["rollout_id"] for box in boxes) == [f"/s/0/{i}@0" for i in range(3)]
-    assert {box["state"] for box in boxes} == {"closed"}
-    assert max(int(box["epoch"]) for box in boxes) == 2
+        assert rollout.artifacts == {"f": b"0\n1\n2\n3\n4\n"}
+        told = [turn.observations[0]["content"] for turn in rollout.turns[:-1]]
+        assert told == ["".join(f"{i}\n" for i in range(n + 1)) for n in range(NUM_COMMANDS)]
+    # One box a rollout, the first two of which had two players, and in its log each command once, with one result.
+    held = sorted((box["rollout_id"], box["state"], box["epoch"]) for box in boxes)
+    assert held == [("/s/0/0@0", "closed", 2), ("/s/1/0@0", "closed", 2), ("/s/2/0@0", "closed", 1)]
     for box in boxes:
         with contextlib.closing(TrajectoryLog.open(kept.edge_folder / "boxes" / box["box_id"])) as log:
             kinds = [log.record(seq).kind for seq in range(len(log))]
@@ -177,16 +166,24 @@ def test_a_rollout_whose_actor_is_killed_goes_on_in_its_box(ray_here, silent_mod
     assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
-def test_a_rollout_that_cannot_be_repeated_starts_over_and_says_why(ray_here, silent_model, tmp_path):
-    with Kept(base=LOCAL).for_run(tmp_path / "run") as kept:
-        group = play_and_kill(silent_model, kept, Counts(tmp_path, diverges=True), num_rollouts=1)
-        boxes = boxes_of(kept)
+def test_a_rollout_that_cannot_be_repeated_starts_over_and_says_why(tmp_path):
+    async def die(kept: Kept) -> None:
+        with socket_in(kept.edge_folder) as path:
+            async with EdgeClient(path) as edge:
+                await (await edge.create("/s/0@0", SandboxSpec())).exec("echo 1 >> f")
+
+    engine = ScriptedEngine(lambda request: "```bash\necho 2 >> f; cat f\n```" if request.id == "s/0/0" else "done")
+    with Kept(base=LOCAL).for_run(tmp_path) as kept:
+        asyncio.run(die(kept))
+        player = Player(engine=engine, judge_engine=None, chat=tiny_chat(), substrate=kept, workers=WORKERS)
+        [group] = asyncio.run(player.play([job("s", ToolUse())]))
+        boxes = [(box["rollout_id"], box["state"]) for box in boxes_of(kept)]
     [rollout] = group.rollouts
-    assert rollout.artifacts == {"other": b"0\n1\n2\n3\n4\n"}
-    assert (rollout.failed, len(rollout.failures)) == (False, 1)
-    assert rollout.failures[0].startswith("Diverged: operation 1: the log holds exec('echo 0 >> counter; ")
+    assert rollout.turns[0].observations[0]["content"] == "2"
+    assert (rollout.stop, len(rollout.failures)) == (StopReason.FINISHED, 1)
+    assert rollout.failures[0].startswith("Diverged: operation 1: the log holds exec('echo 1 >> f')")
     assert rollout_metrics([group])["repeated_attempts"] == 1.0
-    assert [(box["rollout_id"], box["state"]) for box in boxes] == [("/s/0/0@0", "closed"), ("/s/0/0@1", "closed")]
+    assert boxes == [("/s/0@0", "closed"), ("/s/0@1", "closed")]
 
 
 def test_a_box_that_is_gone_still_answers_what_it_was_asked(tmp_path):
@@ -245,30 +242,32 @@ def test_an_edge_that_nobody_uses_ends_by_itself(tmp_path):
 
 def test_two_that_start_an_edge_get_the_same(tmp_path):
     with Kept(base=LOCAL).for_run(tmp_path) as kept:
-        os.kill(edge_pid(kept.edge_folder), signal.SIGKILL)
+        [killed] = edges_of(kept)
+        killed.kill()
+        killed.wait(timeout=20)
         threads = [threading.Thread(target=kept.start_edge) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        served = [p for p in psutil.process_iter(["cmdline"]) if "sandbox.kept_edge" in (p.info["cmdline"] or [])]
-        folder = str(kept.edge_folder / "lock")
-        assert sum(any(file.path == folder for file in process.open_files()) for process in served) == 1
+        assert [edge.pid for edge in edges_of(kept)] == [edge_pid(kept.edge_folder)]
 
 
 def test_an_edge_that_cannot_start_says_why(tmp_path):
     with Kept(base=LOCAL).for_run(tmp_path) as kept:
-        (kept.edge_folder / "edge.sock").unlink()
+        [holder] = edges_of(kept)
+        (kept.edge_folder / SOCKET).unlink()
         with pytest.raises(SandboxUnavailable, match=r"could not be started: .* another edge serves this folder"):
             kept.start_edge()
-        [holder] = [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if "sandbox.kept_edge" in (process.info["cmdline"] or [])
-            and any(file.path == str(kept.edge_folder / "lock") for file in process.open_files())
-        ]
         holder.terminate()
         holder.wait(timeout=20)
+
+
+def edges_of(kept: Kept) -> list[psutil.Process]:
+    """The processes that hold the folder, whether or not they can be reached."""
+    lock = str(kept.edge_folder / "lock")
+    named = [p for p in psutil.process_iter(["cmdline"]) if "sandbox.kept_edge" in (p.info["cmdline"] or [])]
+    return [process for process in named if lock in {file.path for file in process.open_files()}]
 
 
 def test_kept_is_a_value_that_says_what_it_is():
@@ -282,3 +281,25 @@ def test_kept_is_a_value_that_says_what_it_is():
         Kept(keep_s=0)
     with pytest.raises(SandboxError, match=r"within Kept\.for_run"):
         kept.start_edge()
+
+
+def test_tools_go_on_in_the_shell_they_had(isolated, tmp_path):
+    commands = ["mkdir d; cd d; x=7", "echo $x >> f; cat f"]
+
+    async def work(box: Sandbox, *more: str) -> list[str]:
+        tools = BoxTools(timeout_s=20.0).start(box)
+        calls = [ToolCall("bash", {"command": command}) for command in (*commands, *more)]
+        return [(await tools.call(call)).text for call in calls]
+
+    async def die(kept: Kept) -> None:
+        with socket_in(kept.edge_folder) as path:
+            async with EdgeClient(path) as edge:
+                assert await work(await edge.create("r", SandboxSpec())) == ["(no output)", "7"]
+
+    async def go_on(kept: Kept) -> None:
+        async with kept.open_for("r", SandboxSpec()) as box:
+            assert await work(box, "echo $x >> f; cat f; pwd") == ["(no output)", "7", "7\n7\n/work/d"]
+
+    with Kept(base=isolated).for_run(tmp_path) as kept:
+        asyncio.run(die(kept))
+        asyncio.run(go_on(kept))
