@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import bare, write_files
+from sandbox.client import bare, prepare
 from sandbox.pool import Pool
 
 MEMORY_S = 30.0
@@ -78,7 +78,7 @@ class WarmBoxes:
         box = await pool.take()
         try:
             box.spec = spec
-            await write_files(box)
+            await prepare(box)
             yield box
         finally:
             await kind.stop(box)
