@@ -11,7 +11,7 @@ from typing import Any
 
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import bare, prepare
+from sandbox.client import AgentSandbox, bare, prepare
 from sandbox.pool import Pool
 
 MEMORY_S = 30.0
@@ -77,8 +77,7 @@ class WarmBoxes:
         kind.demand.arrived(self._clock())
         box = await pool.take()
         try:
-            box.spec = spec
-            await prepare(box)
+            await _fill(box, spec)
             yield box
         finally:
             await kind.stop(box)
@@ -105,3 +104,13 @@ class WarmBoxes:
             kind = Kind(substrate, spec)
             self._kinds[key] = kind, Pool(kind.start, kind.stop, 0)
         return self._kinds[key]
+
+
+async def _fill(box: Sandbox, spec: SandboxSpec) -> None:
+    """Add what ``bare`` left out."""
+    if isinstance(box, AgentSandbox):
+        box.spec = spec
+        await prepare(box)
+        return
+    for path, data in spec.files.items():
+        await box.write(path, data)
