@@ -90,7 +90,7 @@ class Kept:
         Its calls raise ``Diverged``, ``Unknown`` and ``SandboxLost`` where the first player's cannot be repeated.
         """
         with socket_in(self.edge_folder) as path:
-            async with EdgeClient(path, start=lambda: asyncio.to_thread(self.start_edge)) as edge:
+            async with EdgeClient(path, away=lambda: asyncio.to_thread(self.start_edge)) as edge:
                 try:
                     box = await edge.attach(attempt)
                 except KeyError:

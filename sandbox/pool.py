@@ -69,6 +69,13 @@ class Pool:
         self._refill()
         await self._stop(box)
 
+    async def resize(self, size: int) -> None:
+        """Keep ``size`` boxes ready from now on."""
+        self._size = size
+        self._refill()
+        while len(self._ready) > self._size:
+            await self._stop(self._ready.popleft())
+
     async def close(self) -> None:
         """Stop what is ready and what is being started."""
         self._size = 0
