@@ -130,6 +130,7 @@ class Guest:
         self.cpu_s = 0.0
         self.max_rss_kib = 0
         self.captures: list[Capture] = []
+        self.hits_before = agent.hits()
         agent.guests[uid] = agent.ops[op] = self
         if pid:
             agent.by_pid[pid] = self
@@ -280,11 +281,8 @@ class Command(Guest):
             self.finish()
 
     def finish(self) -> None:
-        # A command that failed and left behind all the processes it may have is taken to have wanted more.
-        most = self.agent.max_processes
-        failed = not self.verdict and self.wait_status != 0
-        if failed and most and len(processes_of(self.uid)) >= max(1, most - 1):
-            self.verdict = "pids_limit"
+        if self.wait_status:
+            self.verdict = self.verdict or self.agent.limit_hit(self)
         self.stop()
         send(self.op, OK, self.result())
 
@@ -295,7 +293,9 @@ class Agent:
     def __init__(self, config: list[bytes]) -> None:
         self.workdir = os.fsdecode(config[0])
         self.first_uid, self.gid, slots = (int(field) for field in config[1:4])
-        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[4:])]
+        self.group = os.fsdecode(config[4])
+        """The box's control group, where the kernel that keeps it is the box's own; empty where the host counts."""
+        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[5:])]
         self.max_processes = dict(self.limits).get(resource.RLIMIT_NPROC, 0)
         """Of one command; 0 where control groups bound the box instead, and the host sees a refused fork."""
         self.spare_uid = self.first_uid + slots - 1
@@ -417,7 +417,7 @@ class Agent:
                 folder = self.as_payload(lambda: open_folder(self.workdir, split(cwd)))
             uid = self.free_uids.pop()
             try:
-                pid = os.fork()
+                pid = self.fork()
             except BlockingIOError:
                 # Commands running beside this one hold every process slot of the box.
                 self.free_uids.append(uid)
@@ -428,6 +428,34 @@ class Agent:
         finally:
             for fd in ends | ({folder} if folder >= 0 else set()):
                 os.close(fd)
+
+    def fork(self) -> int:
+        """``os.fork``. The child starts where no ``signal_all`` for somebody else can reach it: not with real uid 0."""
+        pid = -1
+        os.setresuid(self.spare_uid, 0, self.spare_uid)
+        try:
+            pid = os.fork()
+        finally:
+            if pid:
+                os.setresuid(0, 0, 0)
+        return pid
+
+    def hits(self) -> tuple[int, int]:
+        """How often memory ran out and a fork was refused in the box's own control group."""
+        if not self.group:
+            return (0, 0)
+        return (count(f"{self.group}/memory.events", b"oom_kill"), count(f"{self.group}/pids.events", b"max"))
+
+    def limit_hit(self, guest: Guest) -> str:
+        """The limit of the box that made a command fail; empty when it was none that is counted in here."""
+        # One that leaves behind all the processes it may have is taken to have wanted more.
+        most = self.max_processes
+        if most and len(processes_of(guest.uid)) >= max(1, most - 1):
+            return "pids_limit"
+        oom_kills, refused_forks = self.hits()
+        if oom_kills > guest.hits_before[0]:
+            return "oom"
+        return "pids_limit" if refused_forks > guest.hits_before[1] else ""
 
     def _take_named(self, op: int, fields: list[bytes]) -> None:
         """Do what a frame asks for unless an earlier one of this name has: name, kind and body of the frame."""
@@ -710,6 +738,19 @@ def run_program(argv: list[bytes], env: dict[bytes, bytes]) -> int:
             reason = error
     os.write(2, b"sandbox: " + name + b": " + os.fsencode(str(reason.strerror)) + b"\n")
     return 127 if isinstance(reason, FileNotFoundError) else 126
+
+
+def count(path: str, name: bytes) -> int:
+    """A counter in a file of names and numbers; 0 when there is no such file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        words = os.read(fd, 4096).split()
+    finally:
+        os.close(fd)
+    return int(words[words.index(name) + 1]) if name in words else 0
 
 
 def is_full(path: str) -> bool:

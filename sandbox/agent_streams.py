@@ -56,8 +56,9 @@ SHELL = b"""\
 __sh_loop='
 while { IFS= builtin read -rd "" -u 201 __sh_item || builtin exit 0; } >/dev/null 2>&1; do
   if { [[ $__sh_item == c* ]]; } >/dev/null 2>&1; then
+    { LC_ALL=C builtin read -rN "${__sh_item#c}" -u 201 __sh_item; } >/dev/null 2>&1
     { [[ $- == *e* ]] || __sh_return; } >/dev/null 2>&1
-    builtin eval "${__sh_item#c}" 201<&- 202>&-
+    builtin eval "$__sh_item" 201<&- 202>&-
     { __sh_status=$?; } >/dev/null 2>&1
   else
     { builtin printf "%s %s\\n" "${__sh_item#n}" "$__sh_status" >&202; } >/dev/null 2>&1
@@ -71,8 +72,9 @@ __sh_return() { builtin return "$__sh_status"; }
 builtin trap "builtin break 999" INT
 builtin eval "$__sh_loop"
 """
-"""Items end with NUL: "c" and a command, or "n" and a nonce. The groups keep traps and traces off the output. An
-interrupt breaks every loop, the command's and this one, which then starts again at the next item."""
+"""Items end with NUL: "c" and the size of the command that follows, or "n" and a nonce. By size, since bash reads what
+ends at a delimiter byte by byte. The groups keep traps and traces off the output. An interrupt breaks every loop, the
+command's and this one, which then starts again at the next item."""
 
 
 def install(agent: Agent) -> None:
@@ -200,7 +202,7 @@ class Session(Guest):
         self.verdict, self.force, self.status = "", 0, b""
         self.started = time.monotonic()
         self.deadline = self.started + timeout_us / 1e6
-        self.unsent += b"c%s\0n%s\0" % (command, self.nonce)
+        self.unsent += b"c%d\0%s\nn%s\0" % (len(command) + 1, command, self.nonce)
         self.watch(self.command_fd, 5, select.POLLOUT)
 
     def pump(self, fd: int, which: int) -> None:

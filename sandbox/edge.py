@@ -6,7 +6,10 @@ each in ``boxes/ID`` (its trajectory log). A box whose channel died with the edg
 
 A client holds a box by a lease that every call renews. When the lease runs out the client is taken to be preempted:
 its box is paused where the substrate can, and kept. A box goes away when it is closed, when it is as old as
-``ttl_max_s``, or when a client holds it and asks nothing of it for ``ttl_idle_s``.
+``ttl_max_s``, or when a client that is heard of has asked nothing of it for ``ttl_idle_s``. Its log stays for
+``keep_logs_s`` more.
+
+Kinds of box that are asked for again and again are started ahead of their use, as many as lately came.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
+import shutil
 import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +33,7 @@ from posttrain.errors import SandboxError, SandboxLost
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
 from sandbox import cgroups
+from sandbox.demand import WarmBoxes
 from sandbox.log import Fenced, LogDamaged, Operation, RecordKind, TrajectoryLog
 from sandbox.operations import Request
 from sandbox.recorded import CrashAt, Recorder, creation, never, spec_of
@@ -35,6 +41,7 @@ from sandbox.recorded import CrashAt, Recorder, creation, never, spec_of
 SWEEP_S = 1.0
 HEARTBEAT_S = 10.0
 PAUSE_DEADLINE_S = 10.0
+DAY_S = 24 * 3600.0
 MAX_PAST = 64
 """Logs of boxes that are gone which stay open, for clients that ask once more."""
 GONE = ("lost", "closed")
@@ -43,13 +50,19 @@ CREATE TABLE IF NOT EXISTS boxes (
     box_id TEXT PRIMARY KEY,
     rollout_id TEXT NOT NULL,
     token TEXT NOT NULL,
+    substrate TEXT NOT NULL,
+    labels TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('opening', 'open', 'unattended', 'paused', 'lost', 'closed')),
     cause TEXT NOT NULL DEFAULT '',
     epoch INTEGER NOT NULL DEFAULT 0,
-    created_s REAL NOT NULL
+    created_s REAL NOT NULL,
+    deadline_s REAL NOT NULL,
+    ended_s REAL
 );
 CREATE INDEX IF NOT EXISTS by_rollout ON boxes (rollout_id);
+CREATE INDEX IF NOT EXISTS by_end ON boxes (ended_s);
 """
+COLUMNS = "box_id, rollout_id, substrate, labels, state, cause, epoch, created_s, deadline_s, ended_s"
 
 
 class EdgeBusy(SandboxError):
@@ -76,11 +89,15 @@ class Limits:
     lease_s: float = 30.0
     ttl_idle_s: float = 900.0
     ttl_max_s: float = 4 * 3600.0
+    max_warm: int = 8
+    """Boxes of one kind that wait started, at most; 0 starts none ahead."""
+    keep_logs_s: float = 7 * DAY_S
+    """How long a box that is gone can still be asked what it did."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 0 or (value == 0 and name != "max_waiting"):
-                raise ValueError(f"Limits.{name} = {value!r}: expected a number > 0 (max_waiting: >= 0)")
+            if value < 0 or (value == 0 and name not in ("max_waiting", "max_warm")):
+                raise ValueError(f"Limits.{name} = {value!r}: expected a number > 0 (max_waiting, max_warm: >= 0)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +111,19 @@ class Hold:
     """Operations that the log already holds, which the client's first calls must repeat."""
     spec: SandboxSpec
     """What the box was made from, without files."""
+    substrate: str
 
 
 class LiveBox:
     """A box as the edge keeps it."""
 
-    def __init__(self, box_id: str, recorder: Recorder, keeper: asyncio.Task[None], closing: asyncio.Event) -> None:
+    def __init__(
+        self, box_id: str, kind: Substrate, recorder: Recorder, keeper: asyncio.Task[None], closing: asyncio.Event
+    ) -> None:
         self.box_id = box_id
+        self.kind = kind
         self.recorder = recorder
-        self.ttl_idle_s = self.removed_at = self.used_at = self.beat_at = self.lease_until = 0.0
+        self.ttl_idle_s = self.removed_at = self.used_at = self.beat_at = self.heard_at = 0.0
         self.attended = True
         self.paused = self.beating = False
         self.changing = asyncio.Lock()
@@ -124,16 +145,17 @@ class Edge:
     def __init__(
         self,
         folder: Path,
-        substrate: Substrate,
+        substrates: Sequence[Substrate],
         limits: Limits,
         *,
         clock: Callable[[], float] = time.monotonic,
         crash_at: CrashAt = never,
     ) -> None:
         self.folder = folder
-        self.substrate = substrate
+        self.substrates = {substrate.name: substrate for substrate in substrates}
         self.limits = limits
         self._clock = clock
+        self._warm = WarmBoxes(limits.max_warm, clock=clock)
         self._crash_at = crash_at
         self._live: dict[str, LiveBox] = {}
         self._past: dict[str, Recorder] = {}
@@ -161,13 +183,17 @@ class Edge:
         spec: SandboxSpec,
         *,
         token: str,
+        box_id: str | None = None,
+        substrate: str | None = None,
+        labels: Mapping[str, str] | None = None,
         ttl_idle_s: float | None = None,
         ttl_max_s: float | None = None,
     ) -> Hold:
-        """A fresh box for a rollout. Asking again with the same ``token`` gives the same box.
+        """A fresh box for a rollout, of the edge's first substrate unless another is named.
 
-        Raises ``EdgeBusy``, ``ValueError`` when the rollout has a box (attach to it) or a lifetime is above the edge's
-        limit, and what the substrate raises.
+        Asking again with the same ``token`` gives the same box, or ``SandboxLost`` when it never came to be. Raises
+        ``EdgeBusy``, ``ValueError`` when the rollout has a box (attach to it), a lifetime is above the edge's limit or
+        there is no such substrate, and what the substrate raises.
         """
         row = self._newest(rollout_id)
         if row and row["state"] not in GONE and row["token"] != token:
@@ -176,15 +202,20 @@ class Edge:
             )
         if row and row["token"] == token:
             box_id = str(row["box_id"])
+            if row["state"] in GONE and not row["epoch"]:
+                # Nobody has had it. One that was handed out still answers from its log.
+                raise SandboxLost(f"box {box_id} is gone: {row['cause']}; create another")
         else:
+            kind = self._substrate(substrate)
             idle_s = self._lifetime("ttl_idle_s", ttl_idle_s)
             max_s = self._lifetime("ttl_max_s", ttl_max_s)
-            box_id = uuid.uuid4().hex[:16]
+            box_id = box_id or uuid.uuid4().hex[:16]
             self._db.execute(
-                "INSERT INTO boxes (box_id, rollout_id, token, state, created_s) VALUES (?, ?, ?, 'opening', ?)",
-                (box_id, rollout_id, token, time.time()),
+                "INSERT INTO boxes (box_id, rollout_id, token, substrate, labels, state, created_s, deadline_s) "
+                "VALUES (?, ?, ?, ?, ?, 'opening', ?, ?)",
+                (box_id, rollout_id, token, kind.name, json.dumps(labels or {}), time.time(), time.time() + max_s),
             )
-            opening = self._open(box_id, rollout_id, spec, ttl_idle_s=idle_s, ttl_max_s=max_s)
+            opening = self._open(box_id, rollout_id, kind, spec, ttl_idle_s=idle_s, ttl_max_s=max_s)
             self._opening[box_id] = asyncio.create_task(opening)
             self._opening[box_id].add_done_callback(lambda done: done.cancelled() or done.exception())
         if box_id in self._opening:
@@ -207,6 +238,7 @@ class Edge:
         self._db.execute("UPDATE boxes SET epoch = ? WHERE box_id = ?", (epoch, box_id))
         recorder = self._recorder(box_id)
         if box_id in self._live:
+            self._live[box_id].used_at = self._clock()
             await self._attend(self._live[box_id])
         return Hold(
             box_id=box_id,
@@ -214,6 +246,7 @@ class Edge:
             lease_s=self.limits.lease_s,
             num_recorded=len(recorder.log.operations),
             spec=replace(spec_of(recorder.log), files={}),
+            substrate=row["substrate"],
         )
 
     async def begin(
@@ -258,34 +291,51 @@ class Edge:
         current = self._epoch(box_id)
         if epoch != current:
             raise Fenced(f"box {box_id}", epoch, current)
+        await self.remove(box_id, cause)
+
+    async def remove(self, box_id: str, cause: str) -> None:
+        """Close a box, whoever holds it. Nothing happens when it is gone already."""
         if box_id in self._live:
             box = self._live[box_id]
             self._remove(box, cause)
             await asyncio.wait({box.keeper})
 
+    def census(self, also: Collection[str] = ()) -> list[dict[str, Any]]:
+        """What ``list`` says of the boxes that are not gone, and of those named."""
+        query = f"SELECT {COLUMNS} FROM boxes WHERE ended_s IS NULL OR box_id IN (SELECT value FROM json_each(?))"
+        return [_described(row) for row in self._db.execute(query, (json.dumps(list(also)),))]
+
+    @property
+    def num_attended(self) -> int:
+        """Boxes that a client holds or waits for."""
+        return len(self._opening) + sum(box.attended for box in self._live.values())
+
     def list(self) -> list[dict[str, Any]]:
-        """Every box there ever was here, oldest first: ids, state, cause."""
-        columns = "box_id, rollout_id, state, cause, epoch, created_s"
-        return [dict(row) for row in self._db.execute(f"SELECT {columns} FROM boxes ORDER BY rowid")]
+        """Every box whose log is kept, oldest first: ids, labels, state, cause, times in seconds since 1970."""
+        return [_described(row) for row in self._db.execute(f"SELECT {COLUMNS} FROM boxes ORDER BY rowid")]
 
     async def sweep(self) -> None:
         """Look after every box once: end what is too old or idle, pause what nobody attends, find what is dead."""
         now = self._clock()
+        lease_s = self.limits.lease_s
         for box in list(self._live.values()):
             busy = box.recorder.num_running > 0
             if busy:
                 box.used_at = now
             if now >= box.removed_at:
                 self._remove(box, "ttl_max_s is over")
-            elif box.attended and not busy and not box.beating and now >= box.lease_until:
+            elif box.attended and not busy and not box.beating and now - box.heard_at >= lease_s:
                 await self._leave(box)
-            elif box.attended and now - box.used_at >= box.ttl_idle_s:
+            elif box.attended and box.heard_at - box.used_at >= box.ttl_idle_s:
+                # Counted to when the client was last heard of: one that died is preempted, not idle.
                 self._remove(box, "idle for ttl_idle_s")
             elif not (box.is_frozen or busy or box.beating) and now - box.beat_at >= HEARTBEAT_S:
                 box.beat_at, box.beating = now, True
                 beat = asyncio.create_task(self._beat(box))
                 self._beats.add(beat)
                 beat.add_done_callback(self._beats.discard)
+        await self._warm.resize(self.limits.max_boxes - len(self._keepers))
+        self._delete_old_logs()
         cgroups.remove_orphans()
 
     async def stop(self) -> None:
@@ -298,6 +348,7 @@ class Edge:
             self._forget(box, "lost", "the edge was stopped")
         # The substrates have deadlines of their own for removing a box.
         await asyncio.gather(*self._keepers, *self._beats, return_exceptions=True)
+        await self._warm.close()
         for recorder in self._past.values():
             recorder.log.close()
         self._db.close()
@@ -306,7 +357,7 @@ class Edge:
     def _reconcile(self) -> None:
         """Boxes that an earlier edge held went with it."""
         cause = "the edge that held it ended"
-        for row in self._db.execute(f"SELECT box_id FROM boxes WHERE state NOT IN {GONE}").fetchall():
+        for row in self._db.execute("SELECT box_id FROM boxes WHERE ended_s IS NULL").fetchall():
             box_id, reason = str(row["box_id"]), cause
             try:
                 with contextlib.closing(TrajectoryLog.open(self.folder / "boxes" / box_id)) as log:
@@ -316,32 +367,41 @@ class Edge:
             self._set_state(box_id, "lost", reason)
         cgroups.remove_orphans()
 
+    def _delete_old_logs(self) -> None:
+        query = "SELECT box_id FROM boxes WHERE ended_s < ?"
+        for row in self._db.execute(query, (time.time() - self.limits.keep_logs_s,)).fetchall():
+            box_id = str(row["box_id"])
+            if box_id in self._past:
+                self._past.pop(box_id).log.close()
+            shutil.rmtree(self.folder / "boxes" / box_id, ignore_errors=True)
+            self._db.execute("DELETE FROM boxes WHERE box_id = ?", (box_id,))
+
     async def _open(
-        self, box_id: str, rollout_id: str, spec: SandboxSpec, *, ttl_idle_s: float, ttl_max_s: float
+        self, box_id: str, rollout_id: str, kind: Substrate, spec: SandboxSpec, *, ttl_idle_s: float, ttl_max_s: float
     ) -> None:
+        removed_at = self._clock() + ttl_max_s
         try:
             await self._admit()
-            box = await self._start(box_id, rollout_id, spec)
+            box = await self._start(box_id, rollout_id, kind, spec)
         except BaseException as error:
             self._set_state(box_id, "lost", f"could not be opened: {str(error) or type(error).__name__}")
             raise
         finally:
             self._opening.pop(box_id, None)
-        now = self._clock()
-        box.used_at = box.beat_at = now
-        box.ttl_idle_s, box.removed_at, box.lease_until = ttl_idle_s, now + ttl_max_s, now + self.limits.lease_s
+        box.used_at = box.beat_at = box.heard_at = self._clock()
+        box.ttl_idle_s, box.removed_at = ttl_idle_s, removed_at
         self._live[box_id] = box
         self._set_state(box_id, "open")
 
-    async def _start(self, box_id: str, rollout_id: str, spec: SandboxSpec) -> LiveBox:
+    async def _start(self, box_id: str, rollout_id: str, kind: Substrate, spec: SandboxSpec) -> LiveBox:
         """A box in the room that was just taken; its keeper gives the room back."""
         opened: asyncio.Future[Sandbox] = asyncio.get_running_loop().create_future()
         closing = asyncio.Event()
-        keeper = asyncio.create_task(self._keep(spec, opened, closing))
+        keeper = asyncio.create_task(self._keep(kind, spec, opened, closing))
         self._keepers.add(keeper)
         keeper.add_done_callback(self._keepers.discard)
         try:
-            data = creation(self.substrate, spec, rollout_id=rollout_id)
+            data = creation(kind, spec, rollout_id=rollout_id)
             log = TrajectoryLog.create(self.folder / "boxes" / box_id, data)
             recorder = Recorder(None, log, crash_at=self._crash_at)
             try:
@@ -353,7 +413,7 @@ class Edge:
         except BaseException:
             closing.set()
             raise
-        return LiveBox(box_id, recorder, keeper, closing)
+        return LiveBox(box_id, kind, recorder, keeper, closing)
 
     async def _admit(self) -> None:
         room = f"{self.limits.max_boxes} boxes are open on this edge"
@@ -373,10 +433,12 @@ class Edge:
         finally:
             self._num_waiting -= 1
 
-    async def _keep(self, spec: SandboxSpec, opened: asyncio.Future[Sandbox], closing: asyncio.Event) -> None:
-        """Hold the substrate's context open; it is entered and left in one task."""
+    async def _keep(
+        self, kind: Substrate, spec: SandboxSpec, opened: asyncio.Future[Sandbox], closing: asyncio.Event
+    ) -> None:
+        """Hold a box open until it is to be closed."""
         try:
-            async with self.substrate.open(spec) as sandbox:
+            async with self._warm.open(kind, spec) as sandbox:
                 if not opened.done():
                     opened.set_result(sandbox)
                     await closing.wait()
@@ -390,8 +452,7 @@ class Edge:
 
     async def _attend(self, box: LiveBox) -> None:
         """The client has been heard of: renew its lease, and wake its box."""
-        now = self._clock()
-        box.lease_until = now + self.limits.lease_s
+        box.heard_at = now = self._clock()
         if box.attended and not box.num_arriving:
             return
         box.num_arriving += 1
@@ -416,7 +477,7 @@ class Edge:
         cause = "the client's lease ran out"
         async with box.changing:
             box.attended = False
-            if isinstance(box.recorder.box, Pausable) and self.substrate.capabilities().get("pause", True):
+            if isinstance(box.recorder.box, Pausable) and box.kind.capabilities().get("pause", True):
                 if not await self._changes(box, box.recorder.box.pause()):
                     return
                 box.paused = True
@@ -479,6 +540,11 @@ class Edge:
             self._keep_past(box_id, Recorder(None, log))
         return self._past[box_id]
 
+    def _substrate(self, name: str | None) -> Substrate:
+        if name is not None and name not in self.substrates:
+            raise ValueError(f"substrate = {name!r}: expected one that this edge serves, {', '.join(self.substrates)}")
+        return self.substrates[name] if name else next(iter(self.substrates.values()))
+
     def _lifetime(self, name: str, wanted: float | None) -> float:
         limit: float = getattr(self.limits, name)
         if wanted is not None and not 0 < wanted <= limit:
@@ -497,7 +563,13 @@ class Edge:
         return int(row["epoch"])
 
     def _set_state(self, box_id: str, state: str, cause: str = "") -> None:
-        self._db.execute("UPDATE boxes SET state = ?, cause = ? WHERE box_id = ?", (state, cause, box_id))
+        ended_s = time.time() if state in GONE else None
+        values = (state, cause, ended_s, box_id)
+        self._db.execute("UPDATE boxes SET state = ?, cause = ?, ended_s = ? WHERE box_id = ?", values)
+
+
+def _described(row: sqlite3.Row) -> dict[str, Any]:
+    return {**dict(row), "labels": json.loads(row["labels"])}
 
 
 def _lock(folder: Path) -> int:
@@ -515,14 +587,15 @@ def _lock(folder: Path) -> int:
 @contextlib.asynccontextmanager
 async def serve_boxes(
     folder: Path,
-    substrate: Substrate,
+    substrates: Substrate | Sequence[Substrate],
     limits: Limits | None = None,
     *,
     clock: Callable[[], float] = time.monotonic,
     crash_at: CrashAt = never,
 ) -> AsyncIterator[Edge]:
     """A running edge that looks after its boxes; leaving the context ends them all."""
-    edge = Edge(folder, substrate, limits or Limits(), clock=clock, crash_at=crash_at)
+    offered = substrates if isinstance(substrates, Sequence) else (substrates,)
+    edge = Edge(folder, offered, limits or Limits(), clock=clock, crash_at=crash_at)
     sweeper = asyncio.create_task(_sweep_forever(edge))
     try:
         yield edge

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,26 @@ from sandbox import wire
 from sandbox.conformance import find_substrate
 from sandbox.edge import Edge, Limits, serve_boxes
 from sandbox.operations import Request, outcome_of
+from sandbox.pool import close_pools
 
 SOCKET = "edge.sock"
-MAX_SOCKET_PATH = 107
 
 
 @contextlib.asynccontextmanager
 async def serving(edge: Edge, path: Path) -> AsyncIterator[None]:
     """Answer clients on a socket while the context lasts."""
-    if len(str(path).encode()) > MAX_SOCKET_PATH:
-        raise ValueError(f"socket {path}: expected at most {MAX_SOCKET_PATH} bytes; give the edge a shorter folder")
     # Left by an edge that was killed: this one holds the folder's lock.
     path.unlink(missing_ok=True)
     answering: set[asyncio.Task[None]] = set()
-    server = await asyncio.start_unix_server(functools.partial(_converse, edge, answering), path)
-    path.chmod(0o600)
-    try:
-        yield
-    finally:
-        # What is being answered goes on: its boxes are ended with the edge, and the clients told so.
-        server.close()
-        path.unlink(missing_ok=True)
+    with wire.shortened(path) as short:
+        server = await asyncio.start_unix_server(functools.partial(_converse, edge, answering), short)
+        path.chmod(0o600)
+        try:
+            yield
+        finally:
+            # What is being answered goes on: its boxes are ended with the edge, and the clients told so.
+            server.close()
+            path.unlink(missing_ok=True)
 
 
 async def _converse(
@@ -76,19 +75,26 @@ def _drop(requests: dict[int, asyncio.Task[None]], number: int, done: asyncio.Ta
 
 
 async def _answer(edge: Edge, writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    reply: dict[str, Any] = {"id": message["id"]}
     try:
-        if message["method"] == "call":
-            await _answer_call(edge, reply, message["arguments"])
-        else:
-            reply["value"] = await _answer_other(edge, message["method"], message["arguments"])
+        reply = await answer(edge, message["method"], message["arguments"])
     except asyncio.CancelledError:
-        reply["cancelled"] = True
+        reply = {"cancelled": True}
+    with contextlib.suppress(ConnectionError, RuntimeError):
+        writer.write(wire.pack({"id": message["id"], **reply}))
+        await writer.drain()
+
+
+async def answer(edge: Edge, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request: its ``value``, or the ``error`` it raised and whether the call was ``refused``."""
+    reply: dict[str, Any] = {}
+    try:
+        if method == "call":
+            await _answer_call(edge, reply, arguments)
+        else:
+            reply["value"] = await _answer_other(edge, method, arguments)
     except Exception as error:  # noqa: BLE001 (every failure is the client's to see, and none may end the edge)
         reply["error"] = wire.pack_error(error)
-    with contextlib.suppress(ConnectionError, RuntimeError):
-        writer.write(wire.pack(reply))
-        await writer.drain()
+    return reply
 
 
 async def _answer_call(edge: Edge, reply: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -107,8 +113,9 @@ async def _answer_call(edge: Edge, reply: dict[str, Any], arguments: dict[str, A
 
 async def _answer_other(edge: Edge, method: str, arguments: dict[str, Any]) -> Any:
     if method == "create":
-        spec = SandboxSpec(**arguments.pop("spec"))
-        return asdict(await edge.create(arguments.pop("rollout_id"), spec, **arguments))
+        spec = SandboxSpec(**arguments["spec"])
+        more = {name: value for name, value in arguments.items() if name not in ("spec", "rollout_id")}
+        return asdict(await edge.create(arguments["rollout_id"], spec, **more))
     if method == "attach":
         return asdict(await edge.attach(arguments["rollout_id"]))
     if method == "renew":
@@ -122,24 +129,31 @@ async def _answer_other(edge: Edge, method: str, arguments: dict[str, Any]) -> A
     raise ValueError(f"method = {method!r}: expected call, create, attach, renew, close, list or ping")
 
 
-async def run(folder: Path, substrate: str, limits: Limits) -> None:
+async def run(folder: Path, substrates: Sequence[str], limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    kind = find_substrate(substrate)
-    kind.check()
-    async with serve_boxes(folder, kind, limits) as edge, serving(edge, folder / SOCKET):
-        sys.stdout.write(f"serving {substrate} boxes on {folder / SOCKET}\n")
+    kinds = [find_substrate(name) for name in substrates]
+    for kind in kinds:
+        kind.check()
+    async with serve_boxes(folder, kinds, limits) as edge, serving(edge, folder / SOCKET):
+        sys.stdout.write(f"serving {', '.join(substrates)} boxes on {folder / SOCKET}\n")
         sys.stdout.flush()
         await stopped.wait()
+    await close_pools()
 
 
 def main() -> int:
     """The command line of ``python -m sandbox.edge``."""
     parser = argparse.ArgumentParser(prog="python -m sandbox.edge", description="Keep sandboxes for other processes.")
     parser.add_argument("--dir", type=Path, required=True, help="where state, logs and the socket lie")
-    parser.add_argument("--substrate", default="process", help="process, container or module:attribute")
+    parser.add_argument(
+        "--substrate",
+        nargs="+",
+        default=["process"],
+        help="process, container or module:attribute; the first one is for clients that name none",
+    )
     for item in fields(Limits):
         kind = int if item.name.startswith("max_") else float
         parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, default=item.default)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable
 
 from posttrain.protocols import Sandbox
 from posttrain.types import ExecResult
+
+RIGHTS = """
+import ctypes, json, os
+libc = ctypes.CDLL(None)
+sets = (ctypes.c_uint32 * 6)()
+libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets)
+print(json.dumps({
+    "uids": os.getresuid(), "gids": os.getresgid(), "groups": os.getgroups(),
+    "effective": sets[0] | sets[3], "permitted": sets[1] | sets[4],
+    "no_new_privs": libc.prctl(39, 0, 0, 0, 0), "seccomp": libc.prctl(21, 0, 0, 0, 0),
+}))
+"""
+"""A program that prints what the process may do, asked of the kernel itself: gVisor's /proc says less than Linux's."""
 
 
 def expect(claim: bool, *seen: object) -> None:
@@ -14,13 +28,13 @@ def expect(claim: bool, *seen: object) -> None:
         raise AssertionError(*seen)
 
 
-async def raises(kind: type[Exception], attempt: Awaitable[object], what: str) -> None:
+async def raises(kind: type[Exception] | tuple[type[Exception], ...], attempt: Awaitable[object], what: str) -> None:
     """Raise ``AssertionError`` unless the attempt raises this kind of exception."""
     try:
         await attempt
     except kind:
         return
-    raise AssertionError(f"{what!r}: expected {kind.__name__}")
+    raise AssertionError(f"{what!r}: expected {kind}")
 
 
 async def python(box: Sandbox, program: str, timeout_s: float = 10.0) -> ExecResult:
@@ -38,3 +52,12 @@ async def nothing_runs(box: Sandbox) -> None:
     alone = int((await box.exec(count)).stdout)
     # The shell and the two ends of the pipe.
     expect(alone <= 3, f"{alone} processes of the payload in the box")
+
+
+def has_no_rights(rights: ExecResult) -> None:
+    """What ``RIGHTS`` printed is a payload's: one uid and gid, neither 0, no capabilities, and no way to new ones."""
+    seen = json.loads(rights.stdout)
+    expect(len(set(seen["uids"])) == len(set(seen["gids"])) == 1, rights)
+    expect(0 not in (*seen["uids"], *seen["gids"], *seen["groups"]), rights)
+    expect(seen["effective"] == seen["permitted"] == 0, rights)
+    expect((seen["no_new_privs"], seen["seccomp"]) == (1, 2), rights)

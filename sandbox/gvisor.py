@@ -8,7 +8,8 @@ bound this process ends the box's commands, which keeps the box itself alive. Wh
 theirs: about 3 MiB for a forked Python, 2 KiB for a file. Processes are bounded per command, by a resource limit.
 
 What it does not give: the whole of Linux. Debian 12's release (20221219) rejects a flag that coreutils' ``ls`` and
-``stat`` pass, so that both fail on any path they are given ("Invalid argument"); ``find``, globs and Python work.
+``stat`` pass, so that both fail on any path they are given ("Invalid argument"); ``find``, globs and Python work. Its
+terminals take Ctrl-C as a character like any other, and nothing tells from outside which group runs in the foreground.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import cgroups, owners, pool
+from sandbox import cgroups, owners, pool, seccomp
 from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, StreamChannel, command_limits
 from sandbox.images import build
 
@@ -65,15 +66,16 @@ class Gvisor:
     name: str = "gvisor"
 
     def capabilities(self) -> Mapping[str, Any]:
-        """``seccomp`` is False since there is no host kernel to filter calls to, only the box's ``own_kernel``."""
+        """``seccomp`` filters calls to the box's ``own_kernel``; the host's sees none. Ctrl-C is no signal there."""
         image = build.find("default")
         return {
             "isolation": "kernel",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup, max_processes per command",
             "memory": "memory_mb plus disk_mb, since files live in memory",
-            "seccomp": False,
+            "seccomp": seccomp.is_supported(),
             "own_kernel": True,
+            "terminal_signals": False,
             "release": _release(self.binary),
             "image": image.digest if image else None,
             "survives_host_restart": False,
@@ -120,7 +122,8 @@ def _trial(binary: str, platform: str) -> str:
     with tempfile.TemporaryDirectory(prefix=owners.name(KIND)) as folder:
         argv = [*_runsc(binary, platform, Path(folder)), "do", "/bin/true"]
         try:
-            done = subprocess.run(argv, capture_output=True, timeout=20, check=False)
+            # Without a terminal, since it would put this process into its background.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
     output = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
@@ -132,6 +135,8 @@ class GvisorSandbox(AgentSandbox):
 
     folder: Path
     group: cgroups.Group
+    ended_full: set[str]
+    """Names of the commands that were ended since memory had run out."""
 
     async def exec(self, command: str | Sequence[str], **options: Any) -> ExecResult:
         """As in every box. A command that was running when memory ran out is OOM, whichever took it."""
@@ -149,8 +154,17 @@ class GvisorSandbox(AgentSandbox):
         # Nobody else cancels a command whose result is still waited for.
         if result.status is not ExecStatus.CANCELLED:
             return result
+        self.ended_full.add(options.get("op_id", ""))
         await self._memory_is_back()
         return replace(result, status=ExecStatus.OOM)
+
+    async def result_of(self, op_id: str) -> Any:
+        result = await super().result_of(op_id)
+        return replace(result, status=ExecStatus.OOM) if op_id in self.ended_full else result
+
+    async def acknowledge(self, op_id: str) -> None:
+        self.ended_full.discard(op_id)
+        await super().acknowledge(op_id)
 
     async def _end_commands_when_full(self) -> None:
         with contextlib.suppress(SandboxLost):
@@ -188,7 +202,7 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         theirs.close()
         freeze = group.freeze if group.freezer else None
         box = GvisorSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
-        box.folder, box.group = folder, group
+        box.folder, box.group, box.ended_full = folder, group, set()
         undo.callback(box.close)
         try:
             limits = {**command_limits(spec), resource.RLIMIT_NPROC: spec.max_processes}
@@ -224,7 +238,8 @@ def _launch(substrate: Gvisor, folder: Path, group: cgroups.Group, channel: sock
 
 
 def _runsc(binary: str, platform: str, folder: Path) -> list[str]:
-    return [binary, f"--root={folder}/state", f"--platform={platform}", "--network=none", "--ignore-cgroups"]
+    options = ("--network=none", "--ignore-cgroups", "--oci-seccomp")
+    return [binary, f"--root={folder}/state", f"--platform={platform}", *options]
 
 
 def _id(folder: Path) -> str:
@@ -259,7 +274,10 @@ def _config(spec: SandboxSpec) -> dict[str, Any]:
                 for path, size_mb, mode in areas
             ),
         ],
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]},
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+            "seccomp": seccomp.gvisor_profile(),
+        },
     }
 
 

@@ -1,7 +1,9 @@
 """Boxes made of Linux namespaces with bubblewrap: no daemon, no image needed, about 20 ms each.
 
-What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Without root there are no control
-groups either, and memory is bounded per process only; ``capabilities()`` says which of the two holds.
+What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Boxes bind the same files of an image,
+so that one notices locks (flock) and watches of another on them; an overlay for each would cost more than the rest of a
+box. Without root there are no control groups either, and memory is bounded per process only; ``capabilities()`` says
+which of the two holds.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from sandbox.client import (
     StreamChannel,
     bare,
     command_limits,
-    write_files,
+    prepare,
 )
 from sandbox.images import build
 
@@ -61,11 +63,12 @@ class Process:
         image = build.find("default")
         return {
             "isolation": "namespaces",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup" if cgroups.is_available() else "rlimit",
             "memory": "memory_mb plus disk_mb, since files live in memory" if cgroups.is_available() else "per process",
             "seccomp": seccomp.is_supported(),
             "image": image.digest if image else "host",
+            "shared": ("flock",),
             "survives_host_restart": False,
             "survives_edge_restart": False,
             "snapshot": "fs",
@@ -94,7 +97,7 @@ class Process:
         group = _group(spec)
         try:
             async with _running(self.binary, spec, group) as box:
-                await write_files(box)
+                await prepare(box)
                 yield box
         finally:
             if group:

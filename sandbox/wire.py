@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable, Unsupported
@@ -13,6 +16,7 @@ from sandbox.edge import EdgeBusy
 from sandbox.log import Fenced, LogDamaged, decode, encode
 from sandbox.operations import HandleLost
 from sandbox.recorded import Diverged, Unknown
+from sandbox.registry import QuotaExceeded
 
 LENGTH = struct.Struct("!I")
 MAX_FRAME = 256 << 20
@@ -29,6 +33,7 @@ KINDS: Mapping[str, type[Exception]] = {
         HandleLost,
         LogDamaged,
         EdgeBusy,
+        QuotaExceeded,
         RecipeError,
         ValueError,
         KeyError,
@@ -36,6 +41,16 @@ KINDS: Mapping[str, type[Exception]] = {
         OSError,
     )
 }
+
+
+@contextlib.contextmanager
+def shortened(path: Path) -> Iterator[str]:
+    """Another name of a socket, for the kernel takes no more than 107 bytes."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
 
 
 def pack(message: Mapping[str, Any]) -> bytes:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from posttrain.errors import SandboxError, SandboxLost
+from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import edge as edge_module
 from sandbox.edge import Edge, EdgeBusy, Hold, Limits, serve_boxes
 from sandbox.log import Fenced, TrajectoryLog
-from sandbox.recorded import Diverged, Request, Unknown
+from sandbox.operations import Request
+from sandbox.process import Process
+from sandbox.recorded import Diverged, Unknown
 from sandbox.wire import pack_error, unpack_error
 
 SPEC = SandboxSpec(files={"seed": b"7\n"})
@@ -192,6 +194,8 @@ def test_a_box_that_cannot_be_made_says_why_and_takes_no_room(tmp_path: Path) ->
             for token in "ab":
                 with pytest.raises(SandboxError, match="no daemon"):
                     await edge.create("r", SPEC, token=token)
+            with pytest.raises(SandboxLost, match=r"box \w+ is gone: could not be opened: no daemon; create another"):
+                await edge.create("r", SPEC, token="b")
             assert [(row["state"], row["cause"]) for row in edge.list()] == [
                 ("lost", "could not be opened: no daemon")
             ] * 2
@@ -245,6 +249,101 @@ def test_a_preempted_clients_box_is_kept_until_its_absolute_limit(tmp_path: Path
             await asyncio.sleep(0.01)
             assert memory.made[0].removed
         assert kinds_of(tmp_path, hold) == ["create", "intent", "result", "close"]
+
+    asyncio.run(play())
+
+
+def test_a_dead_clients_box_is_not_idle_however_short_its_idle_limit(tmp_path: Path) -> None:
+    memory, clock = Memory(), Clock()
+
+    async def play() -> None:
+        limits = Limits(lease_s=30, ttl_max_s=1000)
+        async with serve_boxes(tmp_path, memory, limits, clock=clock) as edge:
+            hold = await edge.create("r", SPEC, token="a", ttl_idle_s=5)
+            for now, state in ((4, "open"), (29, "open"), (31, "unattended"), (999, "unattended")):
+                clock.now = now
+                await edge.sweep()
+                assert state_of(edge, hold)[0] == state
+                await asyncio.sleep(0.01)  # for the heartbeat
+            # It comes back: from here on it holds the box, and idles.
+            hold = await edge.attach("r")
+            clock.now = 999.5
+            await edge.sweep()
+            assert state_of(edge, hold)[0] == "open"
+
+    asyncio.run(play())
+
+
+def test_one_edge_serves_several_substrates_and_says_whose_boxes_they_are(tmp_path: Path) -> None:
+    first, second = Memory(), Memory(FreezingBox, name="freezing")
+
+    async def play() -> None:
+        async with serve_boxes(tmp_path, [first, second]) as edge:
+            await edge.create("a", SPEC, token="a")
+            hold = await edge.create("b", SPEC, token="b", box_id="e7-1", substrate="freezing", labels={"owner": "ann"})
+            assert (hold.box_id, hold.substrate) == ("e7-1", "freezing")
+            with pytest.raises(ValueError, match=r"substrate = 'none': expected one .* memory, freezing"):
+                await edge.create("c", SPEC, token="c", substrate="none")
+            rows = edge.list()
+            assert [(row["substrate"], row["labels"]) for row in rows] == [
+                ("memory", {}),
+                ("freezing", {"owner": "ann"}),
+            ]
+            assert rows[1]["deadline_s"] - rows[1]["created_s"] == pytest.approx(edge.limits.ttl_max_s, abs=1)
+            await edge.close(hold.box_id, hold.epoch)
+            assert [row["box_id"] for row in edge.census()] == [rows[0]["box_id"]]
+            assert len(edge.census(["e7-1", "unheard-of"])) == 2
+            assert (await edge.create("b", SPEC, token="b")).box_id == "e7-1", "its log still answers"
+        assert [(len(memory.made), type(memory.made[0])) for memory in (first, second)] == [(1, Box), (1, FreezingBox)]
+
+    asyncio.run(play())
+
+
+def test_logs_of_boxes_that_are_long_gone_are_deleted_with_their_payloads(tmp_path: Path) -> None:
+    async def play() -> None:
+        async with serve_boxes(tmp_path, Memory(), Limits(keep_logs_s=0.3)) as edge:
+            gone = await edge.create("gone", SPEC, token="a")
+            kept = await edge.create("kept", SPEC, token="b")
+            for hold in (gone, kept):
+                await edge.call(hold.box_id, hold.epoch, 0, Request("write", {"path": "a", "data": b"x" * 100_000}))
+            assert len(list(tmp_path.glob("boxes/*/blobs/*"))) == 2
+            await edge.close(gone.box_id, gone.epoch)
+            await edge.sweep()
+            assert len(edge.list()) == 2, "not yet"
+            await asyncio.sleep(0.4)
+            await edge.sweep()
+            assert [row["box_id"] for row in edge.list()] == [kept.box_id]
+            assert [path.name for path in (tmp_path / "boxes").iterdir()] == [kept.box_id]
+            with pytest.raises(KeyError):
+                await edge.attach("gone")
+
+    asyncio.run(play())
+
+
+def test_a_preempted_clients_processes_stand_still_until_it_is_back(tmp_path: Path) -> None:
+    try:
+        Process().check()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    if not Process().capabilities().get("pause"):
+        pytest.skip("boxes of substrate 'process' cannot be paused here: no freezer control group")
+    clock = Clock()
+
+    async def play() -> None:
+        async with serve_boxes(tmp_path, Process(), Limits(lease_s=10), clock=clock) as edge:
+            hold = await edge.create("r", SandboxSpec(), token="a")
+            assert (await edge.call(hold.box_id, hold.epoch, 0, append("echo x > f; cat f"))).stdout == b"x\n"
+            clock.now = 11
+            await edge.sweep()
+            assert state_of(edge, hold) == ("paused", "the client's lease ran out")
+            clock.now = 11 + 2 * edge_module.HEARTBEAT_S
+            await edge.sweep()
+            await asyncio.sleep(0.1)
+            assert state_of(edge, hold)[0] == "paused", "a frozen box that does not answer is not dead"
+            hold = await edge.attach("r")
+            await edge.call(hold.box_id, hold.epoch, 0, append("echo x > f; cat f"))
+            assert (await edge.call(hold.box_id, hold.epoch, 1, append("cat f"))).stdout == b"x\n"
+        assert kinds_of(tmp_path, hold)[:5] == ["create", "intent", "result", "pause", "resume"]
 
     asyncio.run(play())
 
@@ -394,7 +493,7 @@ def test_a_restarted_edge_knows_what_it_held_and_what_was_done_there(tmp_path: P
     hold, other = asyncio.run(first_life())
     # As after kill -9: the state says that the boxes are there.
     with contextlib.closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as state:
-        state.execute("UPDATE boxes SET state = 'open'")
+        state.execute("UPDATE boxes SET state = 'open', ended_s = NULL")
     (tmp_path / "boxes" / other.box_id / "records").unlink()
 
     async def second_life() -> None:

@@ -21,7 +21,7 @@ from posttrain.errors import SandboxLost, SandboxUnavailable
 from posttrain.types import ExecStatus, SandboxSpec
 from sandbox.conformance import CHECKS, Check, check_box
 from sandbox.edge import EdgeBusy, Limits, serve_boxes
-from sandbox.edge_client import EdgeClient, EdgeSandbox
+from sandbox.edge_client import EdgeClient, EdgeSandbox, SocketLink
 from sandbox.edge_server import SOCKET, serving
 from sandbox.local import LocalUnsafe
 from sandbox.log import Fenced, TrajectoryLog
@@ -116,8 +116,9 @@ def test_a_connection_that_breaks_repeats_nothing(folder: Path) -> None:
                 assert (await box.exec(COUNT)).stdout == b"x\n"
                 calls = [asyncio.create_task(box.exec(f"sleep 0.3; {COUNT}")), asyncio.create_task(box.list())]
                 await asyncio.sleep(0.1)
-                assert client._writer is not None
-                client._writer.transport.abort()
+                assert isinstance(client.link, SocketLink)
+                assert client.link._writer is not None
+                client.link._writer.transport.abort()
                 await asyncio.gather(*calls)
             # The socket is gone and comes back.
             waiting = asyncio.create_task(box.exec(COUNT))
