@@ -40,6 +40,7 @@ from sandbox.recorded import CrashAt, Recorder, creation, never, spec_of
 
 SWEEP_S = 1.0
 HEARTBEAT_S = 10.0
+BEAT_DEADLINE_S = 20.0
 PAUSE_DEADLINE_S = 10.0
 DAY_S = 24 * 3600.0
 MAX_PAST = 64
@@ -496,13 +497,15 @@ class Edge:
         return True
 
     async def _beat(self, box: LiveBox) -> None:
-        """Find out whether the agent answers; the box's own deadline ends the wait."""
+        """Find out whether the agent answers."""
         assert box.recorder.box is not None
         try:
-            await box.recorder.box.read(".heartbeat", max_bytes=0)
-        except SandboxLost as error:
-            box.recorder.lose(str(error))
-            self._forget(box, "lost", str(error))
+            async with asyncio.timeout(BEAT_DEADLINE_S):
+                await box.recorder.box.read(".heartbeat", max_bytes=0)
+        except (SandboxLost, TimeoutError) as error:
+            cause = str(error) or f"the agent gave no sign of life within {BEAT_DEADLINE_S:.0f} s"
+            box.recorder.lose(cause)
+            self._forget(box, "lost", cause)
         except (OSError, ValueError):
             # There is no such file, and somebody said so.
             return

@@ -26,18 +26,20 @@ import pytest
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
-from sandbox import container, dockerd, gvisor, layers, owners
+from sandbox import container, dockerd, edge, gvisor, layers, owners
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
 from sandbox.edge import Edge, EdgeBusy, Limits, serve_boxes
 from sandbox.edge_client import EdgeClient
 from sandbox.edge_server import SOCKET, serving
+from sandbox.function import Function
 from sandbox.gvisor import Gvisor
 from sandbox.log import TrajectoryLog
 from sandbox.operations import KINDS, Operations
+from sandbox.pool import close_pools, settled
 from sandbox.process import Process
 from sandbox.recorded import CrashAt, RecordedSandbox, Recorder, Unknown
-from tests.test_sandbox_operations import COUNTS, SCENARIOS, SPEC
+from tests.test_sandbox_operations import COUNT, COUNTS, SCENARIOS, SPEC
 
 POINTS = ("intent", "effect", "result", "reply")
 RETRY_S = 20.0
@@ -92,7 +94,7 @@ async def edge_here(folder: Path, substrate: Substrate, killer: CrashAt) -> Asyn
     # What was waiting beside the call that was cut short fails, and nobody asks.
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     async with (
-        serve_boxes(folder, substrate, crash_at=killer) as edge,
+        serve_boxes(folder, substrate, Limits(max_warm=0), crash_at=killer) as edge,
         serving(edge, folder / SOCKET),
         EdgeClient(folder / SOCKET, retry_s=RETRY_S) as client,
     ):
@@ -129,7 +131,7 @@ FORKS = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from sandbox import layers
-from sandbox.edge import serve_boxes
+from sandbox.edge import Limits, serve_boxes
 from sandbox.edge_client import EdgeClient
 from sandbox.edge_server import SOCKET, serving
 from sandbox.process import Process
@@ -147,7 +149,7 @@ async def edge(*cell):
     def die(point, kind):
         if (point, kind) == cell:
             os.kill(os.getpid(), signal.SIGKILL)
-    async with serve_boxes(folder, Process(), crash_at=die) as edge, serving(edge, folder / SOCKET):
+    async with serve_boxes(folder, Process(), Limits(max_warm=0), crash_at=die) as edge, serving(edge, folder / SOCKET):
         await asyncio.sleep(120)
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -263,7 +265,7 @@ def agent_of_this_process() -> int:
     return agent
 
 
-async def lose_in(client: EdgeClient, kind: str, point: str, aim: Callable[[], None]) -> None:
+async def lose_in(client: EdgeClient, folder: Path, kind: str, point: str, aim: Callable[[], None]) -> None:
     """Use a kind of operation in a box of its own, which is lost while the first one is at a point."""
     box = await client.create(kind, SPEC)
     aim()
@@ -277,7 +279,7 @@ async def lose_in(client: EdgeClient, kind: str, point: str, aim: Callable[[], N
     with pytest.raises(SandboxLost):
         await again.exec("true")
     has_result = None if kind in WITHOUT_AGENT else point != "intent"
-    check_log(client.path.parent / "boxes" / box.hold.box_id, kind, has_result=has_result)
+    check_log(folder / "boxes" / box.hold.box_id, kind, has_result=has_result)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -292,13 +294,83 @@ def test_an_agent_dies_and_its_box_is_lost(socket_folder: Path, isolated: Proces
                 def aim(kind: str = kind) -> None:
                     killer.aim(point, kind, agent_of_this_process())
 
-                await lose_in(client, kind, point, aim)
+                await lose_in(client, socket_folder, kind, point, aim)
                 assert not killer.victim
                 with contextlib.suppress(ValueError):
                     while agent_of_this_process():
                         await asyncio.sleep(0.002)
 
     asyncio.run(play())
+
+
+def test_an_agent_that_is_silent_is_found_by_its_heartbeat(
+    socket_folder: Path, isolated: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SWEEP_S", 0.05), ("HEARTBEAT_S", 0.1), ("BEAT_DEADLINE_S", 0.5)):
+        monkeypatch.setattr(edge, name, value)
+
+    async def play() -> None:
+        async with edge_here(socket_folder, isolated, Killer()) as client:
+            box = await client.create("r", SPEC)
+            await box.exec("echo on")
+            agent = agent_of_this_process()
+            os.kill(agent, signal.SIGSTOP)
+            async with asyncio.timeout(10):
+                while (await client.list())[0]["state"] == "open":
+                    await asyncio.sleep(0.05)
+            with pytest.raises(SandboxLost, match="the agent gave no sign of life within"):
+                await box.exec("true")
+            await asyncio.to_thread(wait_until_dead, agent)
+            assert not owners.is_alive(agent), "a stopped agent is killed with its box"
+
+    asyncio.run(play())
+
+
+def test_a_box_that_died_in_the_pool_is_handed_to_nobody(isolated: Process) -> None:
+    substrate = Function(base=isolated, warm=1)
+
+    async def play() -> None:
+        async with substrate.open(SPEC) as box:
+            await box.exec("touch spoils-it")
+        await settled()
+        waiting = agent_of_this_process()
+        os.kill(waiting, signal.SIGKILL)
+        async with substrate.open(SPEC) as box:
+            assert (await box.exec("echo fresh; ls")).stdout == b"fresh\nseed\n"
+        await close_pools()
+
+    asyncio.run(play())
+
+
+def test_a_full_disk_stops_a_box_and_room_lets_it_go_on(tmp_path: Path, socket_folder: Path, isolated: Process) -> None:
+    """The edge's folder on a file system of its own, as small as it can be."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], check=True)
+    ballast = tmp_path / "ballast"
+
+    async def play() -> None:
+        async with edge_here(socket_folder, isolated, Killer()) as client:
+            box = await client.create("r", SPEC)
+            with contextlib.suppress(OSError):
+                ballast.write_bytes(bytes(2 << 20))
+            seen: list[bytes] = []
+            with pytest.raises(SandboxError, match="No space left on device"):
+                await count_for_ever(box, seen)
+            ballast.unlink()
+            again = await client.attach("r")
+            assert [(await again.exec(COUNT)).stdout for _ in seen] == seen
+            # The one that was hit is begun, or its result was kept until there was room for it.
+            assert (await again.exec(COUNT)).stdout == b"x\n" * (len(seen) + 1)
+
+    async def count_for_ever(box: Operations, seen: list[bytes]) -> None:
+        while True:
+            seen.append((await box.exec(COUNT)).stdout)
+
+    try:
+        asyncio.run(play())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("point", POINTS[:-1])
@@ -433,7 +505,7 @@ def test_a_daemon_dies_and_so_do_its_boxes(socket_folder: Path, daemon: Daemon, 
         folder = socket_folder / kind
         folder.mkdir()
         async with edge_here(folder, Container(socket=daemon.socket), rendezvous.crash_at(kind)) as client:
-            await lose_in(client, kind, point, lambda: None)
+            await lose_in(client, folder, kind, point, lambda: None)
 
     with ThreadPoolExecutor(len(KINDS)) as threads:
         list(threads.map(lambda kind: asyncio.run(play(kind)), KINDS))
@@ -550,7 +622,7 @@ def test_a_start_that_nobody_waits_for_leaves_no_box(daemon: Daemon) -> None:
 
 @pytest.mark.docker
 def test_a_storm_of_creations_is_queued_and_the_rest_refused(socket_folder: Path, daemon: Daemon) -> None:
-    limits = Limits(max_boxes=12, max_waiting=8, wait_s=60)
+    limits = Limits(max_boxes=12, max_waiting=8, wait_s=60, max_warm=0)
 
     async def use_one(edge: Edge, number: int) -> str:
         try:
