@@ -138,7 +138,7 @@ async def start(socket_path: str, spec: SandboxSpec) -> AgentSandbox:
         # It will be started yet, and then nobody wants it any more.
         starting.add_done_callback(_discard)
         raise
-    group = await asyncio.to_thread(cgroups.of, started.pid)
+    group = cgroups.of(started.pid)
     box = ContainerSandbox(
         started.channel,
         spec,
