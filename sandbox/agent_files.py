@@ -109,7 +109,7 @@ class Scan:
         left = found.st_size
         self.bytes_left -= left
         if self.bytes_left < 0:
-            raise ValueError("the files of the workdir hold more than max_bytes")
+            raise ValueError(f"{os.fsdecode(path)}: with it, files are larger than the disk: holes or hard links")
         send(self.op, EVENT, pack(FILE, path, stat.S_IMODE(found.st_mode) & 0o777, found.st_mtime_ns, left))
         for data in read_pieces(fd, left):
             left -= len(data)

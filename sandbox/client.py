@@ -20,9 +20,11 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from posttrain.errors import SandboxError, SandboxLost, Unsupported
+from posttrain.network import parse
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox import agent, agent_files, agent_python, agent_streams, layers
+from sandbox import agent, agent_egress, agent_files, agent_python, agent_streams, layers
 from sandbox.cgroups import Hits
+from sandbox.egress import Connection, Egress, NetLimits
 from sandbox.layers import Snapshot
 from sandbox.streams import Job, Session
 from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, File, read_files, write_tar
@@ -145,6 +147,8 @@ class AgentSandbox:
         self._parts: set[str] = set()
         self._calling = asyncio.Lock()
         self._sending = asyncio.Lock()
+        self._egress: Egress | None = None
+        self._setting_net = asyncio.Lock()
         self._lost = ""
         self._pump: asyncio.Task[None] | None = None
         self.spoiled = ""
@@ -189,7 +193,7 @@ class AgentSandbox:
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         argv = check_argv(command)
         _check_limits(limit_s, max_output)
-        pairs = _pairs(env)
+        pairs = self._pairs(env)
         folder = check_path(cwd, allow_workdir=True)
         body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, folder, *argv, *pairs)
         self.spoiled = self.spoiled or "a command ran in it"
@@ -240,6 +244,7 @@ class AgentSandbox:
                 await _to_the_end(self._freeze, True)
             except BaseException:
                 self._thaw()
+                self._awake.set()
                 raise
 
     async def resume(self) -> None:
@@ -271,7 +276,6 @@ class AgentSandbox:
             with contextlib.suppress(SandboxError):
                 self._freeze(False)
             self.paused = False
-            self._awake.set()
 
     async def snapshot(self) -> Snapshot:
         """Keep the content of the workdir as a layer. ``SandboxSpec(image=snapshot.image)`` begins with it.
@@ -284,7 +288,8 @@ class AgentSandbox:
         with layers.Draft() as draft:
             try:
                 self._events[op] = functools.partial(_draw, draft)
-                body = agent.pack(layers.MAX_ENTRIES, layers.MAX_BYTES)
+                # Where holes cannot be seen, as in gVisor, the size of the disk bounds what they are filled with.
+                body = agent.pack(layers.MAX_ENTRIES, self.spec.disk_mb << 20)
                 await self.ask(agent_files.SCAN, body, SNAPSHOT_DEADLINE_S, op=op)
             finally:
                 del self._events[op]
@@ -332,7 +337,7 @@ class AgentSandbox:
         """
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         _check_limits(limit_s, max_output)
-        program = agent.pack(source, len(args), *args, *_pairs(env))
+        program = agent.pack(source, len(args), *args, *self._pairs(env))
         body = agent.pack(int(limit_s * 1e6), max_output, stdin, program)
         async with self._calling, self._slots:
             spoiled, self.spoiled = self.spoiled, self.spoiled or "a call did not return"
@@ -347,7 +352,7 @@ class AgentSandbox:
         """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
         if op_id in self._sessions:
             return self._sessions[op_id]
-        body = agent.pack(check_path(cwd, allow_workdir=True), *_pairs(env))
+        body = agent.pack(check_path(cwd, allow_workdir=True), *self._pairs(env))
         op = await self._hold()
         session = Session(self, op)
         released = self._release(op)
@@ -386,7 +391,7 @@ class AgentSandbox:
         argv = check_argv(command)
         size = f"{tty[0]}x{tty[1]}" if tty else ""
         folder = check_path(cwd, allow_workdir=True)
-        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, size, *argv, *_pairs(env))
+        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, size, *argv, *self._pairs(env))
         op = await self._hold()
         released = self._release(op)
         job = Job(self, op)
@@ -501,6 +506,40 @@ class AgentSandbox:
         """The same as a tar archive, with names relative to the workdir."""
         return write_tar(await self.download(path, max_entries=max_entries, max_bytes=max_bytes))
 
+    async def set_net(self, allow: Sequence[str], *, limits: NetLimits | None = None) -> None:
+        """Let commands reach these destinations and no other; ``()`` turns the network off.
+
+        Entries are those of ``SandboxSpec.network``. Commands, sessions and jobs that start from now on find the proxy
+        in their environment (HTTPS_PROXY and its like). Connections the new list does not allow are closed.
+        """
+        allowed = parse(allow, field="allow")
+        async with self._setting_net:
+            await self.resume()
+            if self._egress is None:
+                if not allowed.entries:
+                    return
+                self._egress = await self._open_egress()
+            await self._egress.set(allowed, limits or NetLimits())
+
+    async def _open_egress(self) -> Egress:
+        self.spoiled = self.spoiled or "it had a network"
+        egress = Egress(self._carry)
+        await self._load(agent_egress)
+        op = next(self._ops)
+        self._events[op] = egress.on_event
+        egress.port = int((await self.ask(agent_egress.LISTEN, b"", op=op))[0])
+        return egress
+
+    async def _carry(self, body: bytes) -> None:
+        """Send what the host has for a connection of the box. Traffic does not wake a box that is paused."""
+        await self._awake.wait()
+        if not self._lost:
+            await self._send(agent.HEADER.pack(0, agent_egress.CARRY, len(body)) + body)
+
+    def connections(self) -> Sequence[Connection]:
+        """What the box has reached or tried to reach, oldest first: the last ``egress.MAX_LOGGED``."""
+        return self._egress.connections() if self._egress else ()
+
     async def warm_up(self) -> None:
         """Start what ``call`` needs, so that the first call is as quick as the others. ``SandboxError`` if it fails."""
         result = await self.call("")
@@ -519,6 +558,10 @@ class AgentSandbox:
         if self._pump:
             self._pump.cancel()
         self._channel.close()
+
+    def _pairs(self, env: Mapping[str, str] | None) -> Sequence[str]:
+        proxy = self._egress.environment() if self._egress else {}
+        return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **proxy, **(env or {})}).items()]
 
     async def _file_call(self, kind: int, path: str, *more: bytes | int) -> Fields:
         relative = check_path(path, allow_workdir=kind == agent.LIST)
@@ -638,10 +681,16 @@ class AgentSandbox:
         return (self._paused_at if self.paused else time.monotonic()) - self._slept_s
 
     async def _send(self, data: bytes) -> None:
+        # Not half a frame, should whoever sends it be cancelled; nobody then waits for how it went.
+        sending = asyncio.ensure_future(self._send_whole(data))
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(sending)
+
+    async def _send_whole(self, data: bytes) -> None:
         try:
             # One after the other, since a channel may send a large frame in pieces.
-            async with self._sending:
-                await asyncio.wait_for(self._channel.send(data), FILE_DEADLINE_S)
+            async with self._sending, asyncio.timeout(FILE_DEADLINE_S):
+                await self._channel.send(data)
         except (OSError, TimeoutError) as error:
             self._fail(f"the channel to the agent broke: {error!r}")
             raise SandboxLost(self._lost) from error
@@ -674,6 +723,9 @@ class AgentSandbox:
     def _fail(self, reason: str) -> None:
         self._lost = self._lost or reason
         self._awake.set()
+        self._awake.set()
+        if self._egress:
+            self._egress.close()
         for reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(self._lost))
@@ -694,10 +746,6 @@ async def _to_the_end(function: Callable[[bool], None], argument: bool) -> None:
 def _check_limits(timeout_s: float, max_output: int) -> None:
     if timeout_s <= 0 or max_output < 0:
         raise ValueError(f"timeout_s={timeout_s}, max_output={max_output}: expected a time > 0 and a size >= 0")
-
-
-def _pairs(env: Mapping[str, str] | None) -> list[str]:
-    return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **(env or {})}).items()]
 
 
 def command_limits(spec: SandboxSpec) -> dict[int, int]:
@@ -801,12 +849,15 @@ def _program() -> bytes:
 
 
 def bare(spec: SandboxSpec) -> SandboxSpec:
-    """The box to start for a spec: what ``write_files`` puts in place is left out."""
-    return replace(spec, image=layers.split(spec.image)[0], files={})
+    """The box to start for a spec: what ``prepare`` adds is left out."""
+    return replace(spec, image=layers.split(spec.image)[0], files={}, network=())
 
 
-async def write_files(box: AgentSandbox) -> None:
-    """Put the layers of ``spec.image``, then ``spec.files`` in place. ``SandboxError`` when that cannot be done."""
+async def prepare(box: AgentSandbox) -> None:
+    """Put the layers of ``spec.image``, then ``spec.files`` in place, and let the box reach ``spec.network``.
+
+    ``SandboxError`` when that cannot be done.
+    """
     for digest in layers.split(box.spec.image)[1]:
         try:
             await box.lay(digest)
@@ -817,6 +868,7 @@ async def write_files(box: AgentSandbox) -> None:
             await box.write(path, data)
         except OSError as error:
             raise SandboxError(f"SandboxSpec.files[{path!r}] could not be written: {error}") from error
+    await box.set_net(box.spec.network)
 
 
 def _draw(draft: layers.Draft, fields: Fields) -> None:

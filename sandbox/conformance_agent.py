@@ -11,7 +11,7 @@ from typing import Any
 from unittest import SkipTest
 
 from posttrain.protocols import Sandbox, Substrate
-from posttrain.types import ExecStatus, SandboxSpec
+from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox.client import MAX_HELD, AgentSandbox
 from sandbox.expectations import RIGHTS, expect, has_no_rights, nothing_runs, raises, still_works
 from sandbox.streams import Job
@@ -35,6 +35,16 @@ async def a_named_command_runs_once(sandbox: Sandbox) -> None:
     await box.acknowledge("a")
     await raises(KeyError, box.result_of("a"), "acknowledged")
     expect((await box.exec(count, op_id="a")).stdout == b"3\n", "an acknowledged name is free again")
+
+
+async def the_end_of_one_command_is_not_that_of_another(sandbox: Sandbox) -> None:
+    box = agent_box(sandbox)
+
+    async def some() -> list[ExecResult]:
+        return [await box.exec(["true"]) for _ in range(10)]
+
+    results = [result for each in await asyncio.gather(*(some() for _ in range(5))) for result in each]
+    expect(all(result.ok for result in results), *{(result.status, result.signal) for result in results})
 
 
 async def trees_go_in_and_out(sandbox: Sandbox) -> None:
@@ -396,6 +406,7 @@ async def a_call_that_spoils_its_box_is_noticed(sandbox: Sandbox) -> None:
 
 AGENT_CHECKS: tuple[Callable[[Sandbox], Awaitable[None]], ...] = (
     a_named_command_runs_once,
+    the_end_of_one_command_is_not_that_of_another,
     trees_go_in_and_out,
     bad_archives_are_refused,
     a_session_keeps_its_state,

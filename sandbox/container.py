@@ -48,7 +48,7 @@ class Container:
         image = build.find("default")
         return {
             "isolation": "container",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": True,

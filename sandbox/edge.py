@@ -263,6 +263,11 @@ class Edge:
             self._remove(box, cause)
             await asyncio.wait({box.keeper})
 
+    @property
+    def num_attended(self) -> int:
+        """Boxes that a client holds or waits for."""
+        return len(self._opening) + sum(box.attended for box in self._live.values())
+
     def list(self) -> list[dict[str, Any]]:
         """Every box there ever was here, oldest first: ids, state, cause."""
         columns = "box_id, rollout_id, state, cause, epoch, created_s"

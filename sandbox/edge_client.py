@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ CANCEL_DEADLINE_S = 30.0
 class EdgeClient:
     """A connection to the edge at a socket, made when it is first needed. An async context."""
 
-    def __init__(self, path: Path, *, retry_s: float = 30.0) -> None:
+    def __init__(
+        self, path: Path, *, retry_s: float = 30.0, start: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         self.path = path
+        self._start = start
+        """Starts an edge where none answers."""
         self.retry_s = retry_s
         """How long an edge may be away before its boxes count as lost."""
         self._numbers = itertools.count()
@@ -160,6 +164,10 @@ class EdgeClient:
             except (SandboxLost, ValueError) as error:
                 self._fail(str(error))
                 return
+            except asyncio.CancelledError:
+                # Nobody takes replies any more, so that whoever waits for one must not.
+                self._fail("the client hung up")
+                raise
             finally:
                 self._writer = None
                 writer.close()
@@ -198,6 +206,8 @@ class EdgeClient:
                         f"no edge at {self.path} for {self.retry_s:.0f} s ({error.strerror}); start it with "
                         f"python -m sandbox.edge --dir {self.path.parent}"
                     ) from error
+            if self._start:
+                await self._start()
             await asyncio.sleep(RETRY_EVERY_S)
 
     def _resolve(self, reply: dict[str, Any]) -> None:
@@ -213,6 +223,8 @@ class EdgeClient:
         for _, reply in self._pending.values():
             if not reply.done():
                 reply.set_exception(SandboxLost(reason))
+                # Retrieved here, since whoever waited for it may have been cancelled.
+                reply.exception()
 
 
 class EdgeSandbox(Operations):
@@ -234,6 +246,10 @@ class EdgeSandbox(Operations):
         spec = dataclasses.replace(self.hold.spec, image=snapshot.image)
         rollouts = [f"{name}.{index}" for index in range(count)]
         return await asyncio.gather(*(self._client.create(rollout, spec, token=rollout) for rollout in rollouts))
+
+    def skip_recorded(self) -> None:
+        """Go on after the calls in the log, instead of making them again to be told what they gave."""
+        self._position = max(self._position, self.hold.num_recorded)
 
     async def close(self) -> None:
         """Kill and remove the box. Its log stays at the edge."""

@@ -18,7 +18,7 @@ from typing import Any
 from posttrain.errors import RecipeError
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, bare, write_files
+from sandbox.client import AgentSandbox, bare, prepare
 from sandbox.pool import shared
 from sandbox.process import Process
 
@@ -56,7 +56,7 @@ class Function:
         reusable = False
         try:
             box.spec = spec
-            await write_files(box)
+            await prepare(box)
             yield box
             reusable = not box.spoiled and box.num_calls <= self.max_calls
         finally:

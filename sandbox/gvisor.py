@@ -70,7 +70,7 @@ class Gvisor:
         image = build.find("default")
         return {
             "isolation": "kernel",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup, max_processes per command",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": seccomp.is_supported(),
@@ -122,7 +122,8 @@ def _trial(binary: str, platform: str) -> str:
     with tempfile.TemporaryDirectory(prefix="posttrain-") as folder:
         argv = [*_runsc(binary, platform, Path(folder)), "do", "/bin/true"]
         try:
-            done = subprocess.run(argv, capture_output=True, timeout=20, check=False)
+            # Without a terminal, since it would put this process into its background.
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
     output = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
@@ -134,6 +135,8 @@ class GvisorSandbox(AgentSandbox):
 
     folder: Path
     group: cgroups.Group
+    ended_full: set[str]
+    """Names of the commands that were ended since memory had run out."""
 
     async def exec(self, command: str | Sequence[str], **options: Any) -> ExecResult:
         """As in every box. A command that was running when memory ran out is OOM, whichever took it."""
@@ -151,8 +154,17 @@ class GvisorSandbox(AgentSandbox):
         # Nobody else cancels a command whose result is still waited for.
         if result.status is not ExecStatus.CANCELLED:
             return result
+        self.ended_full.add(options.get("op_id", ""))
         await self._memory_is_back()
         return replace(result, status=ExecStatus.OOM)
+
+    async def result_of(self, op_id: str) -> Any:
+        result = await super().result_of(op_id)
+        return replace(result, status=ExecStatus.OOM) if op_id in self.ended_full else result
+
+    async def acknowledge(self, op_id: str) -> None:
+        self.ended_full.discard(op_id)
+        await super().acknowledge(op_id)
 
     async def _end_commands_when_full(self) -> None:
         with contextlib.suppress(SandboxLost):
@@ -190,7 +202,7 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
         theirs.close()
         freeze = group.freeze if group.freezer else None
         box = GvisorSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
-        box.folder, box.group = folder, group
+        box.folder, box.group, box.ended_full = folder, group, set()
         undo.callback(box.close)
         try:
             limits = {**command_limits(spec), resource.RLIMIT_NPROC: spec.max_processes}

@@ -45,9 +45,13 @@ class LocalUnsafe:
 
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
-        """A temporary directory, removed at the end."""
+        """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``, which nothing enforces."""
         if layers.split(spec.image)[1]:
             raise Unsupported(f"SandboxSpec.image = {spec.image!r}: substrate {self.name!r} has no layers")
+        if spec.network:
+            raise Unsupported(
+                f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"
+            )
         with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():

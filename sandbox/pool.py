@@ -10,7 +10,7 @@ from typing import Protocol
 
 from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import SandboxSpec
-from sandbox.client import AgentSandbox, bare, write_files
+from sandbox.client import AgentSandbox, bare, prepare
 
 Start = Callable[[SandboxSpec], Awaitable[AgentSandbox]]
 Stop = Callable[[AgentSandbox], Awaitable[None]]
@@ -76,6 +76,11 @@ class Pool:
         while self._ready:
             await self._stop(self._ready.popleft())
 
+    async def settle(self) -> None:
+        """Wait for the starts that are under way."""
+        while self._starting:
+            await asyncio.wait(set(self._starting))
+
     def _refill(self) -> None:
         for _ in range(self._size - len(self._ready) - len(self._starting) - self._out):
             task = asyncio.get_running_loop().create_task(self._add())
@@ -113,7 +118,7 @@ async def opened(substrate: Pooled, spec: SandboxSpec, *, start: Start, stop: St
         box = await start(kind)
     try:
         box.spec = spec
-        await write_files(box)
+        await prepare(box)
         yield box
     finally:
         await stop(box)
@@ -126,6 +131,14 @@ def shared(owner: Hashable, kind: SandboxSpec, size: int, *, start: Start, stop:
     if found is None or found[0] is not loop:
         found = _pools[key] = (loop, Pool(lambda: start(kind), stop, size, reuse=reuse))
     return found[1]
+
+
+async def settled() -> None:
+    """Wait until the pools of the running event loop start nothing any more: what can be ready is ready."""
+    loop = asyncio.get_running_loop()
+    for owner, pool in list(_pools.values()):
+        if owner is loop:
+            await pool.settle()
 
 
 async def close_pools() -> None:

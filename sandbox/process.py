@@ -38,7 +38,7 @@ from sandbox.client import (
     StreamChannel,
     bare,
     command_limits,
-    write_files,
+    prepare,
 )
 from sandbox.images import build
 
@@ -63,7 +63,7 @@ class Process:
         image = build.find("default")
         return {
             "isolation": "namespaces",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup" if cgroups.is_available() else "rlimit",
             "memory": "memory_mb plus disk_mb, since files live in memory" if cgroups.is_available() else "per process",
             "seccomp": seccomp.is_supported(),
@@ -97,7 +97,7 @@ class Process:
         group = _group(spec)
         try:
             async with _running(self.binary, spec, group) as box:
-                await write_files(box)
+                await prepare(box)
                 yield box
         finally:
             if group:

@@ -76,7 +76,7 @@ class MicroVM:
         image = build.find("default")
         return {
             "isolation": "vm",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "guest cgroup, and one of the host around the machine",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": True,
@@ -109,7 +109,10 @@ class MicroVM:
 
 @dataclass(frozen=True, slots=True)
 class FullVM(MicroVM):
-    """A clone of a machine with a root disk of its own, which is thrown away with it."""
+    """A clone of a machine with a root disk of its own, which is thrown away with it.
+
+    The payload is not root; it may change every file of the system as a member of the group that may write to it.
+    """
 
     name: str = "fullvm"
 
@@ -296,7 +299,9 @@ def save(machine: Machine) -> None:
         partial.mkdir()
         disk = vm.disk(machine.image)
         if machine.writable_root:
-            disk = Path(shutil.copy(disk, partial / "disk"))
+            # Its own, since a guest that has it mounted for writing does write to it.
+            made = vm.disk(machine.image, writable_by=PAYLOAD_UID)
+            disk = Path(shutil.copy(made, partial / "disk"))
             os.chown(disk, int(NOBODY), int(NOBODY))
         with contextlib.ExitStack() as stack:
             qemu = Qemu(machine, disk=disk)

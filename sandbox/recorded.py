@@ -113,6 +113,8 @@ class Recorder:
         Cancelling kills a command and is recorded.
         """
         if operation.result is not None:
+            # What else the client has begun gets its turn, as it did when this one ran.
+            await asyncio.sleep(0)
             return unwrap(self.stored(operation))
         task = self._running[operation.seq]
         try:

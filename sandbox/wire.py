@@ -32,6 +32,7 @@ KINDS: Mapping[str, type[Exception]] = {
         RecipeError,
         ValueError,
         KeyError,
+        EOFError,
         OSError,
     )
 }

@@ -46,6 +46,24 @@ def test_two_clones_share_neither_randomness_nor_a_name_and_know_the_time() -> N
     assert first[2] != second[2]
 
 
+def test_a_full_machine_can_be_changed_everywhere_and_the_next_one_knows_nothing_of_it() -> None:
+    async def change() -> None:
+        async with FullVM().open(SPEC) as box:
+            changed = await box.exec(
+                "id -u; echo 'print(42)' > /usr/local/bin/mine; echo changed >> /etc/hostname; rm /bin/cat"
+            )
+            assert changed.ok, changed
+            assert (await box.exec("python3 /usr/local/bin/mine")).stdout == b"42\n"
+            assert changed.stdout != b"0\n"
+        async with FullVM().open(SPEC) as box:
+            again = await box.exec("ls /usr/local/bin; cat /etc/hostname")
+            assert again.ok, again
+            assert b"mine" not in again.stdout
+            assert b"changed" not in again.stdout
+
+    asyncio.run(change())
+
+
 def running_machines() -> set[int]:
     """Pids of every QEMU on this machine."""
     found = set()

@@ -115,15 +115,23 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def disk(image: build.Image) -> Path:
-    """The image as an ext4 disk, made on first use (about a second). Nobody writes to it."""
+def disk(image: build.Image, *, writable_by: int | None = None) -> Path:
+    """The image as an ext4 disk, made on first use (about a second), on which this group may change every file."""
 
     def make(partial: Path) -> None:
-        with partial.open("wb") as file:
-            file.truncate(DISK_BYTES)
-        _run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(build.unpacked(image)), str(partial)])
+        with tempfile.TemporaryDirectory(prefix="posttrain-disk-") as folder:
+            root = build.unpacked(image)
+            if writable_by is not None:
+                root = Path(folder) / "root"
+                _run(["cp", "-a", str(build.unpacked(image)), str(root)])
+                _run(["chgrp", "-hR", str(writable_by), str(root)])
+                _run(["chmod", "-R", "g+w", str(root)])
+            with partial.open("wb") as file:
+                file.truncate(DISK_BYTES)
+            _run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(root), str(partial)])
 
-    return once(folder() / f"{image.name}-{image.digest}.ext4", make)
+    suffix = "" if writable_by is None else f"-{writable_by}"
+    return once(folder() / f"{image.name}-{image.digest}{suffix}.ext4", make)
 
 
 def fetch_kernel() -> Kernel:
