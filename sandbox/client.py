@@ -305,7 +305,8 @@ class AgentSandbox:
         await self._load(agent_files)
         batch: list[bytes] = []
         closed: list[bytes] = []
-        for node, pieces in layers.read(digest):
+        file = await asyncio.to_thread(layers.opened, digest)
+        for node, pieces in layers.members(file):
             kind = LAYER_KINDS[node.kind]
             # A directory stays open to be filled, and gets its own permissions at the end.
             mode = node.mode | 0o700 if node.kind == "directory" else node.mode
@@ -522,12 +523,17 @@ class AgentSandbox:
 
     async def _open_egress(self) -> Egress:
         self.spoiled = self.spoiled or "it had a network"
-        egress = Egress(lambda body: self.tell(agent_egress.CARRY, body))
+        egress = Egress(self._carry)
         await self._load(agent_egress)
         op = next(self._ops)
         self._events[op] = egress.on_event
         egress.port = int((await self.ask(agent_egress.LISTEN, b"", op=op))[0])
         return egress
+
+    async def _carry(self, body: bytes) -> None:
+        """What comes from outside does not wake a paused box, but waits."""
+        await self._awake.wait()
+        await self.tell(agent_egress.CARRY, body)
 
     def connections(self) -> Sequence[Connection]:
         """What the box has reached or tried to reach, oldest first: the last ``egress.MAX_LOGGED``."""
