@@ -409,6 +409,12 @@ def test_output_is_read_from_an_offset_and_forgotten_before_it(substrate: Substr
             silent = await box.spawn("sleep 5")
             quick = await silent.read(wait_s=0.05)
             assert (quick.stdout, quick.offset, quick.ended) == (b"", 0, False)
+            # More than the window: each read makes room for the next.
+            much, offset = await box.spawn("head -c 1000000 /dev/zero"), 0
+            async with asyncio.timeout(8):
+                while not (output := await much.read(offset=offset)).ended:
+                    offset = output.offset
+            assert output.offset == 1_000_000
             flood = await box.spawn("seq 1 200000; echo last")
             result = await flood.wait(max_output=100)
             assert result.ok
