@@ -17,6 +17,8 @@ SOCKET = Path("/var/run/docker.sock")
 INSTALL = "install Docker (Debian: apt-get install docker.io) and the Python SDK (pip install 'docker>=7.1')"
 START_DEADLINE_S = 40.0
 PING_DEADLINE_S = 5.0
+STALE_DEADLINE_S = 1.0
+"""A killed daemon's containerd ends a moment after it."""
 
 
 def is_running(path: Path = SOCKET) -> bool:
@@ -73,8 +75,12 @@ def _remove_stale(pid_file: Path) -> None:
         pid = int(pid_file.read_text())
     except (OSError, ValueError):
         return
-    if not owners.is_alive(pid):
-        pid_file.unlink(missing_ok=True)
+    deadline = time.monotonic() + STALE_DEADLINE_S
+    while owners.is_alive(pid):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02)
+    pid_file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

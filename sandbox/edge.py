@@ -417,7 +417,11 @@ class Edge:
 
     async def _admit(self) -> None:
         room = f"{self.limits.max_boxes} boxes are open on this edge"
-        if self._room.locked() and self._num_waiting >= self.limits.max_waiting:
+        if not self._room.locked():
+            # Taken at once, so that of many who come together none finds room that another one is about to take.
+            await self._room.acquire()
+            return
+        if self._num_waiting >= self.limits.max_waiting:
             raise EdgeBusy(f"{room} and {self._num_waiting} wait; close some, or raise Limits.max_boxes or max_waiting")
         self._num_waiting += 1
         try:

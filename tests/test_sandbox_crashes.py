@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from posttrain.protocols import Substrate
 from sandbox import container, dockerd, gvisor, layers, owners
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
-from sandbox.edge import EdgeBusy, Hold, Limits, serve_boxes
+from sandbox.edge import Edge, EdgeBusy, Limits, serve_boxes
 from sandbox.edge_client import EdgeClient
 from sandbox.edge_server import SOCKET, serving
 from sandbox.gvisor import Gvisor
@@ -264,7 +264,7 @@ def agent_of_this_process() -> int:
 
 
 async def lose_in(client: EdgeClient, folder: Path, kind: str, point: str, aim: Callable[[], None]) -> None:
-    """Use a kind of operation in a box of its own at the edge in a folder; its agent is lost when it is at a point."""
+    """Use a kind of operation in a box of its own, which is lost while the first one is at a point."""
     box = await client.create(kind, SPEC)
     aim()
     first = await outcome(box, kind)
@@ -288,8 +288,11 @@ def test_an_agent_dies_and_its_box_is_lost(socket_folder: Path, isolated: Proces
     async def play() -> None:
         async with edge_here(socket_folder, isolated, killer) as client:
             for kind in KINDS:
-                aim = functools.partial(killer.aim, point, kind)
-                await lose_in(client, socket_folder, kind, point, lambda aim=aim: aim(agent_of_this_process()))
+
+                def aim(kind: str = kind) -> None:
+                    killer.aim(point, kind, agent_of_this_process())
+
+                await lose_in(client, socket_folder, kind, point, aim)
                 assert not killer.victim
                 with contextlib.suppress(ValueError):
                     while agent_of_this_process():
@@ -325,10 +328,9 @@ def test_a_kernel_of_its_own_dies(tmp_path: Path, point: str) -> None:
     async def play() -> None:
         async with substrate.open(SPEC) as box:
             assert isinstance(box, gvisor.GvisorSandbox)
-            sentries = [
-                pid for pid in gvisor.mentioning(box.folder) if "sandbox" in Path(f"/proc/{pid}/cmdline").read_text()
-            ]
-            killer.aim(point, "exec", sentries[-1])
+            of_box = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in gvisor.mentioning(box.folder)}
+            (sentry,) = (pid for pid, command in of_box.items() if command.startswith("runsc-sandbox"))
+            killer.aim(point, "exec", sentry)
             await lose_recorded(tmp_path, box, killer, "exec")
 
     asyncio.run(play())
@@ -446,34 +448,38 @@ def test_a_daemon_that_comes_back_has_no_box_of_the_dead(daemon: Daemon, options
     daemon.start(*options)
     substrate = Container(socket=daemon.socket)
 
-    async def play() -> None:
-        with pytest.raises(SandboxLost, match="so it could not remove a box"):  # noqa: PT012 (leaving it raises)
-            async with substrate.open(SPEC) as box:
-                assert isinstance(box, container.ContainerSandbox)
-                running = asyncio.create_task(box.exec("sleep 60", timeout_s=90))
-                await asyncio.sleep(0.2)
-                daemon.kill()
-                with pytest.raises(SandboxLost):
-                    await asyncio.wait_for(running, 10)
-                agents.append(box.started.pid)
-                assert owners.is_alive(box.started.pid), "the daemon's death alone ends no box"
+    async def die_while_a_command_runs(box: AgentSandbox) -> int:
+        assert isinstance(box, container.ContainerSandbox)
+        running = asyncio.create_task(box.exec("sleep 60", timeout_s=90))
+        await asyncio.sleep(0.2)
+        daemon.kill()
         with pytest.raises(SandboxLost):
-            async with substrate.open(SPEC):
-                pass
+            await asyncio.wait_for(running, 10)
+        assert owners.is_alive(box.started.pid), "the daemon's death alone ends no box"
+        return box.started.pid
+
+    async def play() -> None:
+        stack = contextlib.AsyncExitStack()
+        agent = await die_while_a_command_runs(await stack.enter_async_context(substrate.open(SPEC)))
+        with pytest.raises(SandboxLost, match="so it could not remove a box"):
+            await stack.aclose()
         # Nobody needed a daemon to end it.
-        wait_until_dead(agents[0])
-        assert not owners.is_alive(agents[0])
+        wait_until_dead(agent)
+        assert not owners.is_alive(agent)
+        with pytest.raises(SandboxLost, match="so it could not"):
+            await stack.enter_async_context(substrate.open(SPEC))
         daemon.start(*options)
         async with substrate.open(SPEC) as box:
             assert (await box.exec("echo new")).stdout == b"new\n"
 
-    agents: list[int] = []
     asyncio.run(play())
     assert daemon.boxes() == {}
 
 
 @pytest.mark.docker
-def test_a_daemon_that_hangs_holds_nobody_up(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_hangs_holds_nobody_up(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setattr(container, "CALL_DEADLINE_S", 1.0)
     monkeypatch.setattr(dockerd, "PING_DEADLINE_S", 0.5)
     monkeypatch.setattr("sandbox.client.REPLY_GRACE_S", 0.5)
@@ -485,9 +491,6 @@ def test_a_daemon_that_hangs_holds_nobody_up(daemon: Daemon, monkeypatch: pytest
             await attempt
         assert time.monotonic() - started < seconds
 
-    async def leave(stack: contextlib.AsyncExitStack) -> None:
-        await stack.aclose()
-
     async def play() -> None:
         stack = contextlib.AsyncExitStack()
         box = await stack.enter_async_context(substrate.open(SPEC))
@@ -496,8 +499,10 @@ def test_a_daemon_that_hangs_holds_nobody_up(daemon: Daemon, monkeypatch: pytest
         try:
             await within(4, box.exec("true", timeout_s=0.5), "did not answer operation")
             wait_until_dead(box.started.pid)
-            await within(4, leave(stack), "could not remove a box")
-            await within(4, leave(await opening()), "could not start a box")
+            wait_until_dead(box.started.pid)
+            assert not owners.is_alive(box.started.pid)
+            await within(4, stack.aclose(), "could not remove a box")
+            await within(4, contextlib.AsyncExitStack().enter_async_context(substrate.open(SPEC)), "so it could not")
             with pytest.raises(SandboxUnavailable, match="no Docker daemon answers"):
                 substrate.check()
         finally:
@@ -505,18 +510,11 @@ def test_a_daemon_that_hangs_holds_nobody_up(daemon: Daemon, monkeypatch: pytest
         async with substrate.open(SPEC) as box:
             assert (await box.exec("echo new")).stdout == b"new\n"
 
-    async def opening() -> contextlib.AsyncExitStack:
-        stack = contextlib.AsyncExitStack()
-        await stack.enter_async_context(substrate.open(SPEC))
-        return stack
-
     for cached in (container.connect, container._client):
+        # So that this test's deadline holds in it, and only in it.
+        request.addfinalizer(cached.cache_clear)
         cached.cache_clear()
-    try:
-        asyncio.run(play())
-    finally:
-        for cached in (container.connect, container._client):
-            cached.cache_clear()
+    asyncio.run(play())
     assert daemon.boxes() == {}
 
 
@@ -555,22 +553,18 @@ def test_a_start_that_nobody_waits_for_leaves_no_box(daemon: Daemon) -> None:
 def test_a_storm_of_creations_is_queued_and_the_rest_refused(socket_folder: Path, daemon: Daemon) -> None:
     limits = Limits(max_boxes=12, max_waiting=8, wait_s=60)
 
+    async def use_one(edge: Edge, number: int) -> str:
+        try:
+            hold = await edge.create(f"r{number}", SPEC, token="t")
+        except EdgeBusy:
+            return "refused"
+        await edge.close(hold.box_id, hold.epoch)
+        return "made"
+
     async def play() -> None:
         async with serve_boxes(socket_folder, Container(socket=daemon.socket), limits) as edge:
-            storm = [asyncio.create_task(edge.create(f"r{number}", SPEC, token="t")) for number in range(32)]
-            refused: list[asyncio.Task[Hold]] = []
-            async with asyncio.timeout(10):
-                while len(refused) < 12:
-                    await asyncio.sleep(0.01)
-                    refused = [task for task in storm if task.done() and isinstance(task.exception(), EdgeBusy)]
-            assert len(refused) == 12
-            waiting = [task for task in storm if task not in refused]
-            while waiting:
-                done, _ = await asyncio.wait(waiting, timeout=60, return_when=asyncio.FIRST_COMPLETED)
-                assert done
-                waiting = [task for task in waiting if task not in done]
-                for task in done:
-                    await edge.close(task.result().box_id, task.result().epoch)
+            came_to = await asyncio.gather(*(use_one(edge, number) for number in range(32)))
+        assert Counter(came_to) == {"made": 20, "refused": 12}
 
     asyncio.run(play())
     assert daemon.boxes() == {}
