@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
@@ -64,17 +65,19 @@ class ActorLink:
 
     async def exchange(self, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The actor's reply, asked again when the actor was restarted; ``SandboxLost`` when it stays away."""
-        deadline, pause_s = time.monotonic() + self.retry_s, RETRY_S[0]
+        away_since, pause_s = math.inf, RETRY_S[0]
         while True:
             try:
                 if self._actor is None:
                     self._actor = await _find(self.name, self.namespace)
                 return await self._reply(self._actor.exchange.remote(method, dict(arguments)))
-            except (ValueError, RayActorError) as error:
+            except (ValueError, RayError) as error:
+                # There is no such actor, it died, or it could not start.
                 self._actor = None
+                away_since = min(away_since, time.monotonic())
                 if reason := await self._away():
                     raise SandboxLost(reason) from error
-                if time.monotonic() >= deadline:
+                if time.monotonic() - away_since >= self.retry_s:
                     raise SandboxLost(f"actor {self.name!r} is away: {error}") from error
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RETRY_S[1])

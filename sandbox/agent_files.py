@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sandbox.agent import T
 
-SCAN, LAY = 32, 33
+SCAN, LAY = 34, 35
 FILE, FOLDER, LINK, DATA = b"f", b"d", b"l", b""
 BLOCK = 512
 """The unit of ``st_blocks``, on every file system."""

@@ -209,6 +209,8 @@ def _replay(arguments: argparse.Namespace) -> int:
         print("the image is not the recorded one")
     if report.left_out:
         print(f"left out, since their effect is not known: {', '.join(map(str, report.left_out))}")
+    if report.begun_at:
+        print(f"begun at the snapshot that operation {report.begun_at} took")
     differing = len({difference.seq for difference in report.differences})
     print(f"{report.num_replayed} calls replayed in a {substrate.name} box, {differing} differ")
     return 1 if report.differences else 0

@@ -305,7 +305,8 @@ class AgentSandbox:
         await self._load(agent_files)
         batch: list[bytes] = []
         closed: list[bytes] = []
-        for node, pieces in layers.read(digest):
+        file = await asyncio.to_thread(layers.opened, digest)
+        for node, pieces in layers.members(file):
             kind = LAYER_KINDS[node.kind]
             # A directory stays open to be filled, and gets its own permissions at the end.
             mode = node.mode | 0o700 if node.kind == "directory" else node.mode

@@ -85,28 +85,26 @@ def find(digest: str) -> Path | None:
 def put(tar: bytes) -> Snapshot:
     """Keep an uncompressed tar archive as a layer. ``ValueError`` names what may not be in one, or exceeds a cap."""
     with Draft() as draft:
-        for node, pieces in _members(io.BytesIO(tar)):
+        for node, pieces in members(io.BytesIO(tar)):
             draft.add(node)
             for piece in pieces:
                 draft.feed(piece)
         return draft.keep()
 
 
-def read(digest: str) -> Iterator[tuple[Node, Iterator[bytes]]]:
-    """The entries of a layer, each with its content in pieces, to be taken in order.
-
-    ``SandboxError`` when there is no such layer or its file is not what it is named for.
-    """
+def opened(digest: str) -> IO[bytes]:
+    """The file of a layer. ``SandboxError`` when there is none, or it is not what it is named for."""
     path = find(digest)
     if path is None:
         raise SandboxError(
             f"no layer {digest!r} in {_folder()}; take the snapshot again, or copy the layer's file from where it was"
         )
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
-            raise SandboxError(f"{path}: not the bytes it is named for; delete it and take the snapshot again")
-        file.seek(0)
-        yield from _members(file)
+    file = path.open("rb")
+    if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
+        file.close()
+        raise SandboxError(f"{path}: not the bytes it is named for; delete it and take the snapshot again")
+    file.seek(0)
+    return file
 
 
 class Draft:
@@ -200,9 +198,10 @@ def _header(node: Node) -> bytes:
     return member.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape")
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[Node, Iterator[bytes]]]:
+def members(file: IO[bytes]) -> Iterator[tuple[Node, Iterator[bytes]]]:
+    """The entries of a layer, each with its content in pieces, to be taken in order. Closes the file at the end."""
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
+        with file, tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
             for member in archive:
                 yield _node(member), _content(archive, member)
     except (tarfile.TarError, EOFError) as error:

@@ -22,7 +22,7 @@ from posttrain.types import ExecResult, ExecStatus
 from sandbox.layers import Snapshot
 from sandbox.log import Blob, encode
 from sandbox.streams import SIGINT, SIGKILL, Chunk, Output
-from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry
+from sandbox.transfer import MAX_BYTES, MAX_ENTRIES, Entry, write_tar
 
 
 class HandleLost(SandboxError):
@@ -121,6 +121,7 @@ KINDS: Mapping[str, Kind] = {
     "upload": Kind(method="upload"),
     "download": Kind(method="download", idempotent=True),
     "snapshot": Kind(method="snapshot", idempotent=True),
+    "set_net": Kind(method="set_net", idempotent=True),
     "pause": Kind(method="pause", idempotent=True),
     "resume": Kind(method="resume", idempotent=True),
     "session": Kind(method="session", answer=_opened),
@@ -295,6 +296,16 @@ class Operations(ABC):
     ) -> Mapping[str, bytes]:
         """The regular files below a directory, or one file, by path relative to the workdir."""
         return await self._ask("download", path=path, max_entries=max_entries, max_bytes=max_bytes)
+
+    async def download_tar(
+        self, path: str = ".", *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES
+    ) -> bytes:
+        """The same as a tar archive, with names relative to the workdir."""
+        return write_tar(await self.download(path, max_entries=max_entries, max_bytes=max_bytes))
+
+    async def set_net(self, allow: Sequence[str]) -> None:
+        """Let commands reach these destinations, as in ``SandboxSpec.network``, and no other."""
+        await self._ask("set_net", allow=allow)
 
     async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> RemoteSession:
         """A shell that keeps its state between commands."""

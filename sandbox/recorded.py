@@ -381,8 +381,15 @@ def _beginning(log: TrajectoryLog, last: int) -> tuple[SandboxSpec, int]:
     for record in reversed(log.snapshots):
         seq = record.data["intent"]
         if seq <= last and layers.find(record.data["digest"]) and _stands_alone(log, seq):
-            return dataclasses.replace(spec, image=record.data["image"], files={}), seq
+            past = Recorder(None, log)
+            allowed = [past.request(operation) for operation in log.operations if _set_net_before(operation, seq)]
+            network = tuple(allowed[-1].arguments["allow"]) if allowed else spec.network
+            return dataclasses.replace(spec, image=record.data["image"], files={}, network=network), seq
     return spec, 0
+
+
+def _set_net_before(operation: Operation, seq: int) -> bool:
+    return operation.kind == "set_net" and operation.seq < seq and operation.result is not None
 
 
 def _stands_alone(log: TrajectoryLog, seq: int) -> bool:

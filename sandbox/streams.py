@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sandbox.client import AgentSandbox, Fields
 
 FEED_BYTES = 1 << 16
+OFFSET_DEADLINE_S = 10.0
+"""How long a job is waited for that has not printed as much as its reader has read, as in a replay."""
 SIGINT, SIGKILL = 2, 9
 END_GRACE_S = 2 * agent_streams.GRACE_S + 20.0
 """How long past a command's own limit a session's agent may take to answer."""
@@ -156,7 +158,7 @@ class Job:
         return self
 
     async def __anext__(self) -> Chunk:
-        await self._wait_for_output()
+        await self._wait_for_output(self.offset + 1)
         if not self.waiting:
             raise StopAsyncIteration
         chunk = self.waiting[0]
@@ -166,11 +168,12 @@ class Job:
     async def read(self, *, offset: int | None = None, max_output: int = 1 << 20, wait_s: float = 10.0) -> Output:
         """Output from an offset on (default: what was not read yet), waiting up to ``wait_s`` for the first of it.
 
-        What lies before the offset is forgotten, and makes room for more. ``ValueError`` for what was forgotten.
+        What lies before the offset is forgotten, and makes room for more. ``ValueError`` for what was forgotten, or was
+        not printed in that time.
         """
-        await self._forget(offset)
+        await self._forget(offset, wait_s)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wait_for_output(), wait_s)
+            await asyncio.wait_for(self._wait_for_output(self.offset + 1), wait_s)
         streams = {"stdout": bytearray(), "stderr": bytearray()}
         left = max_output
         for chunk in self.waiting:
@@ -182,29 +185,35 @@ class Job:
             stdout=bytes(streams["stdout"]),
             stderr=bytes(streams["stderr"]),
             offset=self.offset + printed,
-            ended=self.end.done() and printed == sum(len(chunk.data) for chunk in self.waiting),
+            ended=self.end.done() and self.offset + printed == self._printed(),
         )
         if offset is None:
             await self._drop(printed)
         return output
 
-    async def _wait_for_output(self) -> None:
-        """Until there is some, or the job has ended. ``SandboxLost`` when that is how it ended."""
+    async def _wait_for_output(self, until: int) -> None:
+        """Until so many bytes were printed, or the job has ended. ``SandboxLost`` when that is how it ended."""
         assert self.end is not None
-        while not self.waiting and not self.end.done():
+        while self._printed() < until and not self.end.done():
             self._news.clear()
             await self._news.wait()
-        if not self.waiting:
+        if not self.waiting and self.end.done():
             self.end.result()
 
-    async def _forget(self, offset: int | None) -> None:
-        size = 0 if offset is None else offset - self.offset
-        if not 0 <= size <= sum(len(chunk.data) for chunk in self.waiting):
+    def _printed(self) -> int:
+        return self.offset + sum(len(chunk.data) for chunk in self.waiting)
+
+    async def _forget(self, offset: int | None, wait_s: float) -> None:
+        """Drop what lies before an offset, which has so long to be reached: a replay may read faster than before."""
+        offset = self.offset if offset is None else offset
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wait_for_output(offset), wait_s)
+        if not self.offset <= offset <= self._printed():
             raise ValueError(
-                f"offset = {offset}: expected {self.offset} or more, up to what was printed; a job keeps no output "
-                "before the last offset it was read from"
+                f"offset = {offset}: expected {self.offset} to {self._printed()}; a job keeps no output from before "
+                "the offset it was last read from"
             )
-        await self._drop(size)
+        await self._drop(offset - self.offset)
 
     async def _drop(self, size: int) -> None:
         """Forget the first bytes of what waits, and let the box send as many more."""
@@ -271,7 +280,7 @@ class Job:
         if offset is None:
             return await self._drain(max_output)
         if self._rest is None or self._rest[:2] != (offset, max_output):
-            await self._forget(offset)
+            await self._forget(offset, OFFSET_DEADLINE_S)
             rest = asyncio.create_task(self._drain(max_output))
             rest.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._rest = offset, max_output, rest

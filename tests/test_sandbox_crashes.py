@@ -571,6 +571,7 @@ def test_a_daemon_that_hangs_holds_nobody_up(
         try:
             await within(4, box.exec("true", timeout_s=0.5), "did not answer operation")
             wait_until_dead(box.started.pid)
+            wait_until_dead(box.started.pid)
             assert not owners.is_alive(box.started.pid)
             await within(4, stack.aclose(), "could not remove a box")
             await within(4, contextlib.AsyncExitStack().enter_async_context(substrate.open(SPEC)), "so it could not")

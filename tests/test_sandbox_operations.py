@@ -111,6 +111,11 @@ async def terminal(box: Operations) -> Any:
     return (await job.wait()).stdout.split()[-2:]
 
 
+async def set_net(box: Operations) -> Any:
+    await box.set_net(["example.org:443"])
+    return (await box.exec("echo ${HTTPS_PROXY:+set}")).stdout
+
+
 async def closed_session(box: Operations) -> Any:
     async with await box.session() as shell:
         return await shell.run("echo $$ > /dev/null; sleep 99 &")
@@ -131,6 +136,7 @@ SCENARIOS: Mapping[str, Callable[[Operations], Awaitable[Any]]] = {
     "upload": lambda box: box.upload({"d/a": b"1", "counter": b"x\n"}),
     "download": lambda box: box.download(),
     "snapshot": lambda box: box.snapshot(),
+    "set_net": set_net,
     "pause": lambda box: box.pause(),
     "resume": lambda box: box.resume(),
     "session": run_in_session,
@@ -384,14 +390,21 @@ def test_output_is_read_from_an_offset_and_forgotten_before_it(substrate: Substr
             while second.offset < 6:
                 second = await job.read(offset=2, max_output=4)
             assert (second.stdout, second.stderr) == (b"c", b"DEF")
-            with pytest.raises(ValueError, match="offset = 0: expected 2 or more"):
-                await job.read(offset=0)
+            for wrong in (0, 99):
+                with pytest.raises(ValueError, match=rf"offset = {wrong}: expected 2 to \d"):
+                    await job.read(offset=wrong, wait_s=0.1)
             last = await job.wait(offset=6)
             assert (last.exit_code, last.stdout, last.stderr) == (2, b"ghi", b"")
             assert await job.wait(offset=6) == last
             silent = await box.spawn("sleep 5")
             quick = await silent.read(wait_s=0.05)
             assert (quick.stdout, quick.offset, quick.ended) == (b"", 0, False)
+            # More than the window: each read makes room for the next.
+            much, offset = await box.spawn("head -c 1000000 /dev/zero"), 0
+            async with asyncio.timeout(8):
+                while not (output := await much.read(offset=offset)).ended:
+                    offset = output.offset
+            assert output.offset == 1_000_000
             flood = await box.spawn("seq 1 200000; echo last")
             result = await flood.wait(max_output=100)
             assert result.ok
