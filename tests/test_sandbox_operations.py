@@ -496,7 +496,7 @@ def test_a_box_whose_owner_died_while_it_was_paused_is_removed(substrate: Substr
         assert owner.stdout is not None
         assert owner.stdout.readline() == "paused\n"
         owner.kill()
-    groups = list(Path("/sys/fs/cgroup").glob(f"*/posttrain-{owner.pid}-*"))
+    groups = list(Path("/sys/fs/cgroup").glob(f"*/posttrain-*:{owner.pid}:*"))
     frozen = [pid for group in groups for pid in (group / "cgroup.procs").read_text().split()]
     assert frozen, "nothing is left over, so this proves nothing"
     deadline = time.monotonic() + 20
