@@ -136,6 +136,8 @@ class AgentSandbox:
         """Set while it is not paused, and once it is lost."""
         self._awake.set()
         self._paused_at = self._slept_s = 0.0
+        self._acknowledged = b""
+        """Frames that wait for the next request: one to itself would wake the agent for nothing."""
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._held = 0
         self._ops = itertools.count(1)
@@ -218,9 +220,10 @@ class AgentSandbox:
         return _result(fields, before, after or self._count()) if fields else None
 
     async def acknowledge(self, op_id: str) -> None:
-        """Let the box forget a result. Unknown names are ignored. The box takes one frame after the other: no wait."""
+        """Let the box forget a result, of which it is told with the next request. Unknown names are ignored."""
         self._counted.pop(op_id, None)
-        await self.tell(agent.ACKNOWLEDGE, agent.pack(op_id))
+        body = agent.pack(op_id)
+        self._acknowledged += agent.HEADER.pack(0, agent.ACKNOWLEDGE, len(body)) + body
 
     def handle(self, op_id: str) -> Session | Job:
         """The session or the job that the operation of this name opened. ``KeyError`` when the box has none."""
@@ -653,7 +656,8 @@ class AgentSandbox:
         self._pending[op] = reply
         try:
             await self.resume()
-            await self._send(agent.HEADER.pack(op, kind, len(body)) + body)
+            acknowledged, self._acknowledged = self._acknowledged, b""
+            await self._send(acknowledged + agent.HEADER.pack(op, kind, len(body)) + body)
             return await self._await(op, reply, deadline_s)
         except asyncio.CancelledError:
             # Only when the agent has answered is everything dead and the uid free again.

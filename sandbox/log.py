@@ -3,7 +3,7 @@
 A folder holds ``records`` (append-only, one record per line, then zeros in reserve while it is written to), ``epoch``
 (who may write) and ``blobs/`` (payloads above 32 KiB, by content hash). A line is the CRC of a JSON object and that
 object, which names its place (``seq``, without gaps) and the hash of the line before it, so that neither damage nor an
-edit in the middle passes unnoticed. ``append`` returns when the record is on disk.
+edit in the middle passes unnoticed. ``append`` returns when the record is written, and on disk unless told not to wait.
 
 Writing is fenced: opening a log claims a higher epoch, and from then on whoever held it before gets ``Fenced``.
 """
@@ -181,9 +181,10 @@ class TrajectoryLog:
         if epoch != self.epoch:
             raise Fenced(f"log {self.folder}", epoch, self.epoch)
 
-    def append(self, kind: RecordKind, data: Mapping[str, Any]) -> Record:
-        """Add a record; on return it is on disk.
+    def append(self, kind: RecordKind, data: Mapping[str, Any], *, sync: bool = True) -> Record:
+        """Add a record; on return it is on disk, with all that were added before it.
 
+        One added without ``sync`` outlives this process, but not a host that goes down before the next that is synced.
         Raises ``Fenced`` when the log has a new holder and ``SandboxError`` when it cannot be written. A full disk adds
         nothing and may be tried again; after a failure of the disk the log must be opened again.
         """
@@ -196,7 +197,7 @@ class TrajectoryLog:
             record = Record(seq=len(self._offsets), kind=kind, epoch=self.epoch, time_s=time.time(), data=data)
             try:
                 line = _line(record, self._previous, encode(data, self._put_blob))
-                self._write(line)
+                self._write(line, sync)
             except OSError as error:
                 raise SandboxError(f"log {self.folder}: record {record.seq} could not be written: {error}") from error
         self._note(record, line)
@@ -263,7 +264,7 @@ class TrajectoryLog:
         # An empty file is a claim that a power cut undid: nothing was written under it.
         return int(os.pread(self._epoch_fd, 32, 0) or 0)
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes, sync: bool) -> None:
         try:
             end = self._end + len(line)
             if end > self._reserved:
@@ -276,6 +277,8 @@ class TrajectoryLog:
             self._reserved = self._end
             self._broken = ""
             raise
+        if not sync:
+            return
         try:
             os.fdatasync(self._fd)
         except OSError as error:
@@ -377,7 +380,7 @@ class TrajectoryLog:
 
 def encode(value: Any, put_blob: Callable[[bytes], Blob] | None = None) -> Any:
     """The same value in what JSON knows. Bytes become text, or go to ``put_blob`` when they are many."""
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, bytes) and put_blob and len(value) > INLINE_BYTES:
         value = put_blob(value)
@@ -385,11 +388,11 @@ def encode(value: Any, put_blob: Callable[[bytes], Blob] | None = None) -> Any:
         return {"$bytes": base64.b64encode(value).decode()}
     if isinstance(value, Blob):
         return {"$blob": [value.digest, value.size]}
+    if isinstance(value, list | tuple):
+        return [encode(item, put_blob) for item in value]
     if isinstance(value, Mapping):
         pairs = {key: encode(item, put_blob) for key, item in value.items()}
         return {"$map": list(pairs.items())} if any(key.startswith("$") for key in pairs) else pairs
-    if isinstance(value, list | tuple):
-        return [encode(item, put_blob) for item in value]
     return value
 
 

@@ -1,4 +1,4 @@
-"""A sandbox that remembers: every operation is in the log before it acts and its result before anyone sees it.
+"""A sandbox that remembers: every operation is in the log before it acts, its result on disk before anyone sees it.
 
 A client that died and runs again makes the same calls in the same order. As long as each agrees with the log it gets
 the stored result and the box is not touched; the first call the log does not know is the first that runs. An operation
@@ -156,6 +156,8 @@ class Recorder:
                 "idempotent": idempotent,
                 "request": request.arguments,
             },
+            # A host that goes down takes the box along: nobody will ask whether this was begun there.
+            sync=False,
         )
         self._crash_at("intent", request.kind)
         return self.log.operations[-1]

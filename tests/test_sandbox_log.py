@@ -215,7 +215,7 @@ from pathlib import Path
 from sandbox.log import RecordKind, TrajectoryLog
 log = TrajectoryLog.create(Path({str(tmp_path)!r}), {{}})
 for number in range(20):
-    log.append(RecordKind.PAUSE, {{"number": number}})
+    log.append(RecordKind.PAUSE, {{"number": number}}, sync=number % 2 == 0)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == -9

@@ -425,14 +425,14 @@ def test_a_paused_box_stands_still_and_wakes_for_whoever_asks(substrate: Substra
             assert isinstance(box, AgentSandbox)
             assert substrate.capabilities()["pause"]
             ticking = asyncio.create_task(
-                box.exec("for i in $(seq 20); do echo >> ticks; sleep 0.05; done; echo end", timeout_s=2.0)
+                box.exec("for i in $(seq 20); do echo >> ticks; sleep 0.05; done; echo end", timeout_s=3.0)
             )
             await asyncio.sleep(0.3)
             await box.pause()
             await box.pause()
             assert box.paused
             before = time.monotonic()
-            await asyncio.sleep(1.9)
+            await asyncio.sleep(2.9)
             # Asking wakes it; what passed meanwhile counts neither for the command nor against it.
             ticks = len(await box.read("ticks"))
             assert 0 < ticks < 15, ticks
