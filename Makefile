@@ -11,7 +11,7 @@ quickstart: $(STAMP) system
 	$(VENV)/bin/posttrain run quickstart --run-dir runs/quickstart --resume
 
 test: $(STAMP) system
-	scripts/prepare-docker $(PYTHON)
+	scripts/prepare-sandboxes $(PYTHON)
 	$(PYTHON) -m pytest
 
 lint: $(STAMP)

@@ -1,12 +1,20 @@
-"""The command line: ``posttrain list | show | run | eval | report | doctor``. The only module that prints."""
+"""The command line: ``posttrain list | show | run | eval | report | doctor``, and what other packages add to it.
+
+A package adds a command with an entry point in the group ``posttrain.commands``, a function that takes the arguments
+after the command's name and returns the exit code:
+
+    [project.entry-points."posttrain.commands"]
+    sandbox = "sandbox.cli:main"
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +23,8 @@ from posttrain.errors import RecipeError, SandboxError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, or 2 after a message when the input or the machine is at fault."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    added = _added_commands()
     # Loading bars of the libraries below would tear up the progress lines of a run.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Torch reads this before its first allocation: a learner step maps and frees gigabytes, and with 4 KiB pages
@@ -23,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         _check_names_are_ours()
+        if words and words[0] in added:
+            run: Callable[[Sequence[str]], int] = added[words[0]].load()
+            return run(words[1:])
+        arguments = _parser(added).parse_args(words)
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except (RecipeError, SandboxError, OSError) as problem:
@@ -33,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _added_commands() -> dict[str, importlib.metadata.EntryPoint]:
+    """By name, what the installed packages have in the group of entry points."""
+    return {point.name: point for point in importlib.metadata.entry_points(group="posttrain.commands")}
+
+
+def _parser(added: Iterable[str] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="posttrain", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -62,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--json", type=Path, help="also write the scores to this file")
     report = add("report", _report, "Write report.html, report.json and the plots of a run again.")
     report.add_argument("run_dir", type=Path)
+    for name in added:
+        commands.add_parser(name, help=f"See posttrain {name} --help.")
     return parser
 
 

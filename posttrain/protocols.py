@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from posttrain.types import (
@@ -16,12 +17,15 @@ from posttrain.types import (
     ExecResult,
     IntArray,
     Message,
+    Observation,
     Request,
     Rollout,
     Sample,
     SandboxSpec,
     Score,
     Task,
+    Tool,
+    ToolCall,
 )
 
 if TYPE_CHECKING:
@@ -65,10 +69,13 @@ class Sandbox(Protocol):
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        cwd: str = ".",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
-        Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
+        ``cwd`` is relative to the workdir and reached without following links; ``FileNotFoundError`` and
+        ``NotADirectoryError`` as for a file. Whatever the payload does is a result; a box that is gone raises
+        ``SandboxLost``.
         """
         ...
 
@@ -102,6 +109,47 @@ class Substrate(Protocol):
 
     def open(self, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
         """A fresh box; leaving the context kills everything in it and removes it."""
+        ...
+
+
+@runtime_checkable
+class KeepsBoxes(Substrate, Protocol):
+    """A substrate whose boxes outlive the process that works in them, so that an interrupted rollout goes on."""
+
+    def for_run(self, folder: Path) -> AbstractContextManager[KeepsBoxes]:
+        """The same substrate for one run, which may keep its records in ``folder``; leaving removes all its boxes."""
+        ...
+
+    def open_for(self, attempt: str, spec: SandboxSpec) -> AbstractAsyncContextManager[Sandbox]:
+        """The box of one attempt at a rollout: fresh, or the one it had when the process that played it died.
+
+        In the latter the calls of the first player are repeated in their order and answered with what they gave then;
+        the first call it did not make is the first that runs. ``SandboxError`` when a repeated call is another one, or
+        when it cannot be known whether it happened. Leaving the context removes the box, the death of the process
+        does not.
+        """
+        ...
+
+
+class ToolSession(Protocol):
+    """The tools of one episode, with what they remember from call to call."""
+
+    async def call(self, call: ToolCall) -> Observation:
+        """Run a tool. Whatever the model did wrong is an observation; what the machinery fails at raises."""
+        ...
+
+
+@runtime_checkable
+class Tools(Protocol):
+    """Tools that work in a box."""
+
+    @property
+    def definitions(self) -> Sequence[Tool]:
+        """What the model may call."""
+        ...
+
+    def start(self, sandbox: Sandbox) -> ToolSession:
+        """Tools in an open box, which belongs to the caller; what they leave running ends with it."""
         ...
 
 

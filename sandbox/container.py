@@ -12,28 +12,36 @@ import functools
 import json
 import os
 import random
-import resource
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
-from sandbox import cgroups, dockerd, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, write_files
+from sandbox import cgroups, dockerd, owners, pool, seccomp
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, command_limits
 from sandbox.images import build
-from sandbox.pool import Pool
 
 if TYPE_CHECKING:
     import docker
 
+T = TypeVar("T")
+
 MIB = 1 << 20
 OWNER = "posttrain.owner"
 REPOSITORY = "posttrain-sandbox"
-CALL_DEADLINE_S = 60
+CALL_DEADLINE_S = 60.0
+"""Of each request to the daemon."""
+MAX_CALLS = 16
+"""Boxes being started or removed at once; more wait. They have threads of their own, so that a daemon that hangs holds
+up nothing else."""
 NUM_INODES = 65536
 HOST_UIDS = (1 << 30, 1 << 31)
 """Where a box's payload uids are drawn from: without a user namespace they are uids of the host."""
@@ -44,6 +52,8 @@ class Container:
     """One Docker container per box. ``warm`` boxes per kind are started ahead of their use."""
 
     warm: int = 0
+    socket: str = str(dockerd.SOCKET)
+    """Where the daemon listens. It must run on this machine."""
     name: str = "container"
 
     def capabilities(self) -> Mapping[str, Any]:
@@ -51,12 +61,15 @@ class Container:
         image = build.find("default")
         return {
             "isolation": "container",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup",
             "memory": "memory_mb plus disk_mb, since files live in memory",
             "seccomp": True,
             "image": image.digest if image else None,
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -65,61 +78,78 @@ class Container:
             import docker  # noqa: F401
         except ImportError as error:
             raise SandboxUnavailable(f"substrate 'container': the Docker SDK is missing; {dockerd.INSTALL}") from error
-        if not dockerd.is_running():
+        if not dockerd.is_running(Path(self.socket)):
             raise SandboxUnavailable(
-                f"substrate 'container': no Docker daemon answers at {dockerd.SOCKET}; start it "
+                f"substrate 'container': no Docker daemon answers at {self.socket}; start it "
                 f"(systemctl start docker, or as root python -m sandbox.dockerd), or {dockerd.INSTALL}"
             )
-        if build.find("default") is None:
-            raise SandboxUnavailable(
-                f"substrate 'container': no image in {build.cache()}; build it once as root with "
-                f"python -m sandbox.images.build ({build.INSTALL})"
-            )
+        build.require("default")
 
-    @contextlib.asynccontextmanager
-    async def open(self, spec: SandboxSpec) -> AsyncIterator[AgentSandbox]:
+    def open(self, spec: SandboxSpec) -> AbstractAsyncContextManager[AgentSandbox]:
         """A fresh box; leaving the context kills everything in it and removes it."""
-        kind = replace(spec, files={})
-        box = await (_pool(self.warm, kind).take() if self.warm else start(kind))
+        return pool.opened(self, spec, start=functools.partial(start, self.socket), stop=stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A running container and the way to its agent."""
+
+    client: docker.APIClient
+    container: str
+    channel: AttachedChannel
+    pid: int
+    """Of its first process, the agent."""
+
+    def kill(self) -> None:
+        """Kill everything in it without the daemon, which may be what failed; through it only where need be."""
         try:
-            box.spec = spec
-            await write_files(box)
-            yield box
+            fd = os.pidfd_open(self.pid)
+        except OSError:
+            return
+        try:
+            # Where the daemon's process ids are not ours, this one is a stranger's.
+            if self.container not in Path(f"/proc/{self.pid}/cgroup").read_text():
+                raise PermissionError
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        except OSError:
+            remove(self.client, self.container)
         finally:
-            await stop(box)
+            os.close(fd)
+
+    def remove(self) -> None:
+        self.kill()
+        remove(self.client, self.container)
 
 
-_pools: dict[tuple[int, str], tuple[asyncio.AbstractEventLoop, Pool]] = {}
+class ContainerSandbox(AgentSandbox):
+    """A box and the container it is."""
+
+    started: Started
 
 
-def _pool(warm: int, kind: SandboxSpec) -> Pool:
-    """The pool of this process for boxes of this kind. A pool belongs to one event loop and is dropped with it."""
-    key, loop = (warm, repr(kind)), asyncio.get_running_loop()
-    found = _pools.get(key)
-    if found is None or found[0] is not loop:
-        found = _pools[key] = (loop, Pool(functools.partial(start, kind), stop, warm))
-    return found[1]
-
-
-async def close_pools() -> None:
-    """Remove the boxes this process has started ahead in the running event loop.
-
-    Boxes that are not removed this way end with this process, since the agent stops when its channel closes.
-    """
-    loop = asyncio.get_running_loop()
-    for key in [key for key, (owner, _) in _pools.items() if owner is loop]:
-        await _pools.pop(key)[1].close()
-
-
-async def start(spec: SandboxSpec) -> AgentSandbox:
+async def start(socket_path: str, spec: SandboxSpec) -> AgentSandbox:
     """A running container with its agent answering; ``stop`` removes it."""
-    container, channel, pid = await _in_thread(_start_container, spec)
-    group = await asyncio.to_thread(cgroups.of, pid)
-    box = AgentSandbox(channel, spec, hits=group.hits if group else None, kill=functools.partial(_remove, container))
-    uid = random.SystemRandom().randrange(*HOST_UIDS, SLOTS)
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb * MIB}
+    starting = _calls.submit(_start_container, socket_path, spec)
     try:
-        await box.start(uid=uid, limits=limits)
+        started = await _answer(starting)
+    except asyncio.CancelledError:
+        # It will be started yet, and then nobody wants it any more.
+        starting.add_done_callback(_discard)
+        raise
+    group = cgroups.of(started.pid)
+    box = ContainerSandbox(
+        started.channel,
+        spec,
+        hits=group.hits if group else None,
+        kill=started.kill,
+        freeze=group.freeze if group and group.freezer else None,
+    )
+    box.started = started
+    uid = random.SystemRandom().randrange(*HOST_UIDS, SLOTS)
+    try:
+        await box.start(uid=uid, limits=command_limits(spec))
     except BaseException:
         await stop(box)
         raise
@@ -127,16 +157,25 @@ async def start(spec: SandboxSpec) -> AgentSandbox:
 
 
 async def stop(box: AgentSandbox) -> None:
-    """Kill and remove a box."""
+    """Kill and remove a box. ``SandboxLost`` when the daemon is not there to remove what is dead."""
+    assert isinstance(box, ContainerSandbox)
     box.close()
-    await _in_thread(box.kill)
+    await _answer(_calls.submit(box.started.remove))
 
 
-async def _in_thread(function: Any, *arguments: Any) -> Any:
-    try:
-        return await asyncio.wait_for(asyncio.to_thread(function, *arguments), CALL_DEADLINE_S)
-    except TimeoutError as error:
-        raise SandboxLost(f"the Docker daemon did not answer within {CALL_DEADLINE_S} s") from error
+_calls = ThreadPoolExecutor(MAX_CALLS, "docker")
+
+
+async def _answer(call: Future[T]) -> T:
+    """What comes of a call, which goes on when nobody waits for it any more."""
+    return await asyncio.shield(asyncio.wrap_future(call))
+
+
+def _discard(starting: Future[Started]) -> None:
+    if starting.exception() is None:
+        started = starting.result()
+        started.channel.close()
+        started.remove()
 
 
 class AttachedChannel:
@@ -176,40 +215,82 @@ class AttachedChannel:
 
 
 @functools.cache
-def _client() -> docker.APIClient:
+def connect(socket_path: str) -> docker.APIClient:
+    """A client of the daemon at this socket, each of whose calls has a deadline."""
     import docker
 
-    client = docker.APIClient(base_url=f"unix://{dockerd.SOCKET}", timeout=CALL_DEADLINE_S)
-    _remove_orphans(client)
+    with _daemon_errors("be reached"):
+        return docker.APIClient(base_url=f"unix://{socket_path}", timeout=CALL_DEADLINE_S)
+
+
+def owned(client: docker.APIClient) -> dict[str, str]:
+    """The boxes among the daemon's containers and whose they are."""
+    with _daemon_errors("list the boxes"):
+        found = client.containers(all=True, filters={"label": OWNER})
+    return {container["Id"]: container["Labels"][OWNER] for container in found}
+
+
+@functools.cache
+def _client(socket_path: str) -> docker.APIClient:
+    client = connect(socket_path)
+    for container, owner in owned(client).items():
+        if owners.is_dead(owner):
+            remove(client, container)
     return client
 
 
-def _start_container(spec: SandboxSpec) -> tuple[str, AttachedChannel, int]:
-    from docker.errors import DockerException
+_doubtful: set[tuple[docker.APIClient, str]] = set()
+"""Containers that a daemon was to make or remove and did not answer: it may have them, and nobody wants them."""
 
+
+def _start_container(socket_path: str, spec: SandboxSpec) -> Started:
+    client, name = _client(socket_path), f"{owners.PREFIX}-{uuid.uuid4().hex}"
+    for asked, doubtful in list(_doubtful):
+        if asked is client:
+            remove(client, doubtful)
+            _doubtful.discard((client, doubtful))
     try:
-        client = _client()
+        return _make(client, name, _image(socket_path, spec.image), spec)
+    except SandboxLost:
+        _doubtful.add((client, name))
+        raise
+
+
+def _make(client: docker.APIClient, name: str, image: str, spec: SandboxSpec) -> Started:
+    with _daemon_errors("start a box"):
         container = client.create_container(
-            _image(spec.image),
+            image,
             list(AGENT_ARGV),
+            name=name,
             user="0:0",
             stdin_open=True,
             hostname="sandbox",
             working_dir=spec.workdir,
             network_disabled=True,
-            labels={OWNER: _owner(os.getpid())},
+            labels={OWNER: owners.own()},
             host_config=_host_config(client, spec),
         )["Id"]
         try:
             stream = client.attach_socket(container, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             channel = AttachedChannel(stream._sock)
             client.start(container)
-            return container, channel, client.inspect_container(container)["State"]["Pid"]
+            return Started(client, container, channel, client.inspect_container(container)["State"]["Pid"])
         except BaseException:
-            _remove(container)
+            remove(client, container)
             raise
-    except (DockerException, OSError) as error:
-        raise SandboxError(f"Docker could not start a box: {error}") from error
+
+
+@contextlib.contextmanager
+def _daemon_errors(what: str) -> Iterator[None]:
+    """No answer of the daemon is ``SandboxLost``, a refusal is ``SandboxError``."""
+    from docker.errors import DockerException
+
+    try:
+        yield
+    except DockerException as error:
+        raise SandboxError(f"Docker could not {what}: {error}") from error
+    except OSError as error:
+        raise SandboxLost(f"the Docker daemon is gone or hangs, so it could not {what}: {error}") from error
 
 
 def _host_config(client: docker.APIClient, spec: SandboxSpec) -> Any:
@@ -235,50 +316,33 @@ def _host_config(client: docker.APIClient, spec: SandboxSpec) -> Any:
 
 
 @functools.cache
-def _image(name: str) -> str:
+def _image(socket_path: str, name: str) -> str:
     """The tag of an image, imported from the cached tarball when the daemon does not have it."""
-    image = build.find(name)
-    if image is None:
-        raise SandboxUnavailable(f"SandboxSpec.image = {name!r}: no such image in {build.cache()}; build it first")
+    image, client = build.require(name), _client(socket_path)
     tag = f"{image.name}-{image.digest}"
-    if not _client().images(f"{REPOSITORY}:{tag}"):
-        _client().import_image(str(image.tarball), repository=REPOSITORY, tag=tag, changes=["WORKDIR /work"])
+    if not client.images(f"{REPOSITORY}:{tag}"):
+        client.import_image(str(image.tarball), repository=REPOSITORY, tag=tag, changes=["WORKDIR /work"])
     return f"{REPOSITORY}:{tag}"
 
 
-def _remove(container: str) -> None:
+def remove(client: docker.APIClient, container: str) -> None:
+    """Kill and remove a container; one that is gone is no error."""
     from docker.errors import APIError, NotFound
 
-    for _ in range(50):
-        try:
-            _client().remove_container(container, force=True)
-        except NotFound:
-            return
-        except APIError as error:
-            # 409: the daemon is removing it already, since the agent has ended.
-            if error.status_code != 409:
-                raise SandboxError(f"Docker could not remove a box: {error}") from error
-            time.sleep(0.02)
-        else:
-            return
-
-
-def _remove_orphans(client: docker.APIClient) -> None:
-    """Remove the containers whose owner on this host is dead."""
-    from docker.errors import APIError
-
-    for found in client.containers(all=True, filters={"label": OWNER}):
-        owner = found["Labels"][OWNER]
-        host, pid, _ = owner.rsplit(":", 2)
-        if host == socket.gethostname() and owner != _owner(int(pid)):
-            with contextlib.suppress(APIError):
-                client.remove_container(found["Id"], force=True)
-
-
-def _owner(pid: int) -> str:
-    """A process of this host, told apart from a later one with the same pid by its start time."""
     try:
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        started = "dead"
-    return f"{socket.gethostname()}:{pid}:{started}"
+        with _daemon_errors("remove a box"):
+            for _ in range(50):
+                try:
+                    client.remove_container(container, force=True)
+                except NotFound:
+                    return
+                except APIError as error:
+                    # 409: the daemon is removing it already, since the agent has ended.
+                    if error.status_code != 409:
+                        raise
+                    time.sleep(0.02)
+                else:
+                    return
+    except SandboxLost:
+        _doubtful.add((client, container))
+        raise

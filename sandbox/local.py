@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, Unsupported
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
-from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, read_file, unpack, write_file
+from sandbox import layers, owners
+from sandbox.agent import CHUNK, FLOOD_BYTES, Capture, list_files, open_folder, read_file, split, unpack, write_file
 from sandbox.client import BASE_ENV, check_argv, check_env, check_path
 
 KILL_DEADLINE_S = 5.0
@@ -44,8 +45,14 @@ class LocalUnsafe:
 
     @contextlib.asynccontextmanager
     async def open(self, spec: SandboxSpec) -> AsyncIterator[LocalSandbox]:
-        """A temporary directory, removed at the end."""
-        with tempfile.TemporaryDirectory(prefix="posttrain-local-", ignore_cleanup_errors=True) as folder:
+        """A temporary directory, removed at the end. ``Unsupported`` with ``spec.network``, which nothing enforces."""
+        if layers.split(spec.image)[1]:
+            raise Unsupported(f"SandboxSpec.image = {spec.image!r}: substrate {self.name!r} has no layers")
+        if spec.network:
+            raise Unsupported(
+                f"SandboxSpec.network = {spec.network!r}: {self.name} has the host's network and no allow-list"
+            )
+        with tempfile.TemporaryDirectory(prefix=owners.name("local"), ignore_cleanup_errors=True) as folder:
             box = LocalSandbox(Path(folder), spec)
             for path, data in spec.files.items():
                 await box.write(path, data)
@@ -67,11 +74,14 @@ class LocalSandbox:
         timeout_s: float | None = None,
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
+        cwd: str = ".",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. Its process group is killed at the end; a daemon escapes that."""
         limit_s = self._spec.timeout_s if timeout_s is None else timeout_s
         captures = (Capture(max_output), Capture(max_output))
         variables = check_env({**BASE_ENV, "PATH": os.environ.get("PATH", os.defpath), **(env or {})})
+        relative = check_path(cwd, allow_workdir=True)
+        os.close(open_folder(str(self._folder), split(os.fsencode(relative))))
         started = time.monotonic()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -79,7 +89,7 @@ class LocalSandbox:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                cwd=self._folder,
+                cwd=self._folder / relative,
                 env={**variables, "HOME": str(self._folder)},
                 start_new_session=True,
             )

@@ -1,7 +1,9 @@
 """Boxes made of Linux namespaces with bubblewrap: no daemon, no image needed, about 20 ms each.
 
-What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Without root there are no control
-groups either, and memory is bounded per process only; ``capabilities()`` says which of the two holds.
+What it does not give: a kernel of the box's own, or a limit on disk bandwidth. Boxes bind the same files of an image,
+so that one notices locks (flock) and watches of another on them; an overlay for each would cost more than the rest of a
+box. Without root there are no control groups either, and memory is bounded per process only; ``capabilities()`` says
+which of the two holds.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from sandbox.client import (
     TMP_MB,
     AgentSandbox,
     StreamChannel,
-    write_files,
+    bare,
+    command_limits,
+    prepare,
 )
 from sandbox.images import build
 
@@ -59,12 +63,16 @@ class Process:
         image = build.find("default")
         return {
             "isolation": "namespaces",
-            "network": "none",
+            "network": "none; allow-list by proxy",
             "limits": "cgroup" if cgroups.is_available() else "rlimit",
             "memory": "memory_mb plus disk_mb, since files live in memory" if cgroups.is_available() else "per process",
             "seccomp": seccomp.is_supported(),
             "image": image.digest if image else "host",
+            "shared": ("flock",),
             "survives_host_restart": False,
+            "survives_edge_restart": False,
+            "snapshot": "fs",
+            "pause": cgroups.can_freeze(),
         }
 
     def check(self) -> None:
@@ -89,7 +97,7 @@ class Process:
         group = _group(spec)
         try:
             async with _running(self.binary, spec, group) as box:
-                await write_files(box)
+                await prepare(box)
                 yield box
         finally:
             if group:
@@ -154,7 +162,13 @@ async def _running(binary: str, spec: SandboxSpec, group: cgroups.Group | None) 
         _map_ids(init)
         block_write.write(b"go")
         channel = StreamChannel(*await asyncio.open_unix_connection(sock=ours, limit=1 << 20))
-        box = AgentSandbox(channel, spec, hits=group.hits if group else None, kill=lambda: _kill(init_fd))
+        box = AgentSandbox(
+            channel,
+            spec,
+            hits=group.hits if group else None,
+            kill=lambda: _kill(init_fd),
+            freeze=group.freeze if group and group.freezer else None,
+        )
         try:
             await box.start(uid=PAYLOAD_UID, limits=_rlimits(spec, group))
             yield box
@@ -209,9 +223,10 @@ def _isolation(info_fd: int, block_fd: int) -> list[str]:
 
 
 def _mounts(spec: SandboxSpec) -> list[str]:
-    image = build.find(spec.image)
-    if image is None and spec.image != "default":
-        raise SandboxError(f"SandboxSpec.image = {spec.image!r}: no such image in {build.cache()}; build it first")
+    base = bare(spec).image
+    image = build.find(base)
+    if image is None and base != "default":
+        raise SandboxError(f"SandboxSpec.image = {spec.image!r}: no image {base!r} in {build.cache()}; build it first")
     argv: list[str] = []
     root = build.unpacked(image) if image else Path("/")
     for entry in ROOT_ENTRIES:
@@ -234,7 +249,7 @@ def _mounts(spec: SandboxSpec) -> list[str]:
 
 
 def _rlimits(spec: SandboxSpec, group: cgroups.Group | None) -> dict[int, int]:
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_FSIZE: spec.disk_mb * MIB}
+    limits = command_limits(spec)
     if group is None:
         limits[resource.RLIMIT_NPROC] = spec.max_processes
         limits[resource.RLIMIT_AS] = spec.memory_mb * MIB

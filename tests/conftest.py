@@ -6,7 +6,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -21,9 +22,28 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.left_over import Witness
 from tests.tiny_models import save_tiny_model
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails the session when a box, an edge or a daemon of it is still there, in whole or in part."""
+    witness = Witness(tmp_path_factory.getbasetemp())
+    yield
+    left = witness.left_over()
+    assert not left, "left over by the tests:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def socket_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose socket has a short enough name."""
+    short = Path("/tmp") / f"edge-{uuid.uuid4().hex[:8]}"
+    short.symlink_to(tmp_path)
+    yield short
+    short.unlink()
 
 
 @pytest.fixture(scope="session")

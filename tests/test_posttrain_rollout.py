@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from posttrain.protocols import Ask, Sandbox
 from posttrain.rollout.environments import SingleTurn, SingleTurnEpisode, ToolUse
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.samples import distill_samples, group_advantage_rows, group_metrics, grpo_samples, sample_of
+from posttrain.runs.rollout_log import rollout_record
 from posttrain.types import (
     Completion,
     ExecResult,
@@ -37,7 +40,7 @@ from posttrain.types import (
 )
 from rewards.agent import FinalStateReward
 from sandbox.local import LocalUnsafe
-from tests.tiny_models import END, FakeSubstrate, Reply, ScriptedEngine, said, spell, tiny_chat
+from tests.tiny_models import END, FakeBox, FakeSubstrate, Reply, ScriptedEngine, said, spell, tiny_chat
 
 LS = "```bash\nls\n```"
 CAT = "look:\n```bash\ncat a b\n```\nand\n```bash\nrm a\n```"
@@ -144,6 +147,42 @@ def test_a_conversation_with_tools_is_the_sequence_the_engine_was_shown():
     assert tiny_chat().tokenizer.decode(rollout.token_ids) == whole
     assert rollout.artifacts == {"out": b"kept"}
     assert rollout.stop is StopReason.FINISHED
+
+
+@dataclass
+class Keeping(FakeSubstrate):
+    """Remembers for which attempt each box was opened."""
+
+    attempts: list[str] = field(default_factory=list)
+
+    def for_run(self, folder: Path) -> contextlib.AbstractContextManager[Keeping]:
+        return contextlib.nullcontext(self)
+
+    def open_for(self, attempt: str, spec: SandboxSpec) -> contextlib.AbstractAsyncContextManager[FakeBox]:
+        self.attempts.append(attempt)
+        return self.open(spec)
+
+
+def test_every_attempt_at_a_rollout_has_a_box_of_its_own_and_grading_a_fresh_one():
+    substrate = Keeping(failures=[SandboxLost("the box is gone")])
+    asked = job(task(sandbox=SandboxSpec()), environment=ToolUse(), reward=GradesInABox())
+    again = replace(asked, player="base")
+    [lost, whole] = play(asked, again, script=by_turn(LS, "ok"), substrate=substrate, max_retries=1)
+    assert sorted(substrate.attempts) == ["/s/0/0@0", "/s/0/0@1", "base/s/0/0@0"]
+    assert [group.scores[0].value for group in (lost, whole)] == [1.0, 1.0]
+    assert len(substrate.boxes) == 4
+    assert lost.rollouts[0].failures == ("SandboxLost: the box is gone",)
+    assert group_metrics([lost, whole])["repeated_attempts"] == 1.0
+    assert rollout_record(lost.rollouts[0], lost.scores[0])["failures"] == ["SandboxLost: the box is gone"]
+
+
+def test_an_attempt_that_was_the_last_is_no_earlier_one():
+    substrate = Keeping(failures=[SandboxLost(f"gone {i}") for i in range(2)])
+    asked = job(task(sandbox=SandboxSpec()), environment=ToolUse(), reward=Constant())
+    [group] = play(asked, script=by_turn(LS, "ok"), substrate=substrate, max_retries=1)
+    [rollout] = group.rollouts
+    assert (rollout.failures, rollout.error) == (("SandboxLost: gone 0",), "SandboxLost: gone 1")
+    assert group.scores[0].status is ScoreStatus.ROLLOUT_ERROR
 
 
 def test_tools_run_in_a_real_box():

@@ -14,11 +14,12 @@ from posttrain.learner.objectives import DistillObjective
 from posttrain.loader import load_recipe
 from posttrain.models import load_model
 from posttrain.pipeline import Stage, _run_stage
+from posttrain.rollout.player import GroupJob
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rundir import EventKind, RunDir
 from posttrain.stages.distill import ITSELF, check_self_distillation
-from posttrain.stages.evaluate import contestants
+from posttrain.stages.evaluate import Contestant, contestants, evaluate
 from posttrain.stages.grpo import merge_updates
 from posttrain.stages.session import Session
 from posttrain.types import SandboxSpec, Task
@@ -79,6 +80,24 @@ def test_a_specialist_without_reinforcement_is_measured_once(session):
         ("student", "student"),
     ]
     assert [c.path for c in found if c.domain == "digits"][1:] == ["d/sft", "d/grpo", "student"]
+
+
+def test_contestants_draw_the_same_numbers_in_boxes_of_their_own(session):
+    asked: dict[str, list[GroupJob]] = {}
+
+    class Stops:
+        """Takes the jobs and plays none."""
+
+        def play(self, jobs: list[GroupJob]) -> None:
+            asked[jobs[0].player] = jobs
+            raise InterruptedError
+
+    session.rollouts = Stops()
+    for model in ("base", "student"):
+        with pytest.raises(InterruptedError):
+            evaluate(session, Contestant(model=model, path="", domain="digits"))
+    assert [job.id for job in asked["base"]] == [job.id for job in asked["student"]]
+    assert {job.player for job in asked["student"]} == {"student"}
 
 
 def test_no_episode_is_longer_than_the_models_window(session):

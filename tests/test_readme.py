@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sandbox.cli
 from posttrain.cli import _parser
 from posttrain.config import Recipe
 from posttrain.loader import load_recipe
@@ -66,4 +67,7 @@ def test_the_rewards_score():
 def test_the_commands_parse(line):
     program, *arguments = shlex.split(line, comments=True)
     assert program == "posttrain"
-    assert callable(_parser().parse_args(arguments).command)
+    if arguments[0] == "sandbox":
+        assert callable(sandbox.cli._parser().parse_args(arguments[1:]).command)
+    else:
+        assert callable(_parser().parse_args(arguments).command)

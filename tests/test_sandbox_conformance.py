@@ -15,11 +15,30 @@ from posttrain.errors import RecipeError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
 from sandbox import dockerd
-from sandbox.conformance import CHECKS, WHOLE, Check, check_box, find_substrate, main
+from sandbox.conformance import (
+    ATTACKS,
+    ATTACKS_WHOLE,
+    CHECKS,
+    WHOLE,
+    Check,
+    a_lost_box_is_not_a_result,
+    check_box,
+    find_substrate,
+    main,
+)
+from sandbox.conformance_agent import AGENT_CHECKS, AGENT_WHOLE
 from sandbox.container import Container
+from sandbox.function import Function
+from sandbox.gvisor import Gvisor
+from sandbox.pool import close_pools
 from sandbox.process import Process
+from sandbox.qemu import MicroVM
 
-KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker)]
+KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1), Gvisor(), MicroVM()]
+IDS = ["process", "container", "function", "gvisor", "microvm"]
+ATTACKED = [KINDS[0], KINDS[1], KINDS[3]]
+"""Boxes of a function are those of a process; a machine takes minutes, and keeps its own kernel between."""
+ATTACKED_IDS = [IDS[0], IDS[1], IDS[3]]
 
 
 @pytest.fixture
@@ -35,15 +54,34 @@ def substrate(request: pytest.FixtureRequest) -> Substrate:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=IDS)
 def test_box(substrate: Substrate, check: Check) -> None:
-    asyncio.run(check_box(substrate, check))
+    asyncio.run(_closing_pools(check_box(substrate, check)))
 
 
 @pytest.mark.parametrize("check", WHOLE, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container"])
+@pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=IDS)
 def test_substrate(substrate: Substrate, check: Callable[[Substrate], Awaitable[None]]) -> None:
-    asyncio.run(check(substrate))
+    asyncio.run(_closing_pools(check(substrate)))
+
+
+@pytest.mark.parametrize("check", ATTACKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("substrate", ATTACKED, indirect=True, ids=ATTACKED_IDS)
+def test_attacked_box(substrate: Substrate, check: Check) -> None:
+    asyncio.run(_closing_pools(check_box(substrate, check)))
+
+
+@pytest.mark.parametrize("check", ATTACKS_WHOLE, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("substrate", ATTACKED, indirect=True, ids=ATTACKED_IDS)
+def test_attacked_substrate(substrate: Substrate, check: Callable[[Substrate], Awaitable[None]]) -> None:
+    asyncio.run(_closing_pools(check(substrate)))
+
+
+async def _closing_pools(check: Awaitable[None]) -> None:
+    try:
+        await check
+    finally:
+        await close_pools()
 
 
 class LostBox:
@@ -89,9 +127,9 @@ def test_a_substrate_is_found_by_name_class_or_value(here: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("proces", "expected process, container or module:attribute"),
+        ("proces", "expected process, container, function, gvisor, microvm, fullvm or module:attribute"),
         ("no_such_module:X", "No module named 'no_such_module'"),
-        ("my_box:Missing", "no attribute 'Missing'; expected process, container"),
+        ("my_box:Missing", "no attribute 'Missing'; expected process, container, function"),
         ("my_box:KINDS", r"without name, capabilities\(\), check\(\) or open\(\)"),
     ],
 )
@@ -106,9 +144,16 @@ def test_any_substrate_is_checked_and_killing_a_box_is_skipped_where_it_cannot_b
     monkeypatch.setattr(sys, "argv", ["conformance", f"{here}:LostBoxes"])
     assert main() == 1
     table = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(table) == {check.__name__ for check in (*CHECKS, *WHOLE)}
-    assert table.pop("a_lost_box_is_not_a_result").startswith("skip")
-    assert all(line.startswith("FAIL") for line in table.values())
+    named = {check.__name__ for check in (*CHECKS, *WHOLE, *ATTACKS, *ATTACKS_WHOLE)}
+    assert set(table) == {*named, "nothing_is_left"}
+    assert table.pop("nothing_is_left").startswith("pass")
+    skipped = (a_lost_box_is_not_a_result, *AGENT_CHECKS, *AGENT_WHOLE)
+    for name in (check.__name__ for check in skipped):
+        assert table.pop(name).startswith("skip")
+    basic = {check.__name__ for check in (*CHECKS, *WHOLE)}
+    assert all(line.startswith("FAIL") for name, line in table.items() if name in basic)
+    # Some attacks are on what only a box with an agent has.
+    assert not any(line.startswith("pass") for line in table.values())
 
 
 def test_a_box_without_isolation_is_not_attacked(

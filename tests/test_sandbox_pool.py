@@ -8,7 +8,8 @@ import pytest
 from posttrain.errors import SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox import dockerd
-from sandbox.container import Container, close_pools
+from sandbox.container import Container
+from sandbox.pool import close_pools
 
 
 @pytest.mark.docker

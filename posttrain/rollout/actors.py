@@ -214,8 +214,9 @@ def ray_session(workers: Workers) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    settings: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS")}
-    if settings["address"] is None:
+    # Named, since without an address Ray joins whatever cluster was started on this machine last.
+    settings: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS") or "local"}
+    if settings["address"] == "local":
         settings["num_cpus"] = max(os.cpu_count() or 1, int(np.ceil(workers.num_actors * workers.cpus_per_actor)))
         settings["include_dashboard"] = False
         settings["object_store_memory"] = 1 << 30

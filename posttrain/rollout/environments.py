@@ -1,4 +1,4 @@
-"""How tasks are played: a single answer, or several turns with a shell in a sandbox."""
+"""How tasks are played: a single answer, or several turns with a shell or with tools in a sandbox."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from posttrain.protocols import Sandbox
-from posttrain.types import EMPTY, ExecResult, ExecStatus, Message, Task
+from posttrain.conversation.tool_calls import parse_tool_call
+from posttrain.protocols import Sandbox, Tools, ToolSession
+from posttrain.rollout.observations import describe
+from posttrain.types import EMPTY, Message, Task
 
 _SHELL_BLOCK = re.compile(r"```bash\n(.*?)\n?```", re.DOTALL)
 
@@ -47,10 +49,7 @@ class ToolUse:
     max_artifact_bytes: int = 1 << 16
 
     def start(self, task: Task, sandbox: Sandbox | None) -> ToolUseEpisode:
-        if sandbox is None:
-            raise ValueError(
-                f"task {task.id!r} is played with tools but has no sandbox; give it Task.sandbox=SandboxSpec(...)"
-            )
+        sandbox = _required(sandbox, task)
         named = (path for key in ("expected_files", "forbidden_files") for path in task.info.get(key, ()))
         paths = tuple(dict.fromkeys(map(posixpath.normpath, named)))
         outside = [path for path in paths if path == "." or path.split("/")[0] in ("", "..")]
@@ -74,9 +73,9 @@ class ToolUseEpisode:
             return None
         if "\0" in block[1]:
             # No process takes such an argument; the policy wrote it, so the policy is told.
-            return ({"role": "tool", "content": "(not run: the command contains a NUL byte)"},)
+            return _tool_message("(not run: the command contains a NUL byte)")
         result = await self.sandbox.exec(block[1], timeout_s=self.rules.command_timeout_s)
-        return ({"role": "tool", "content": describe(result, max_chars=self.rules.max_observation_chars)},)
+        return _tool_message(describe(result, max_chars=self.rules.max_observation_chars))
 
     async def artifacts(self) -> Mapping[str, bytes]:
         """Content by path; of what is there and cannot be read, a note that says why."""
@@ -93,13 +92,49 @@ class ToolUseEpisode:
         return kept
 
 
-def describe(result: ExecResult, *, max_chars: int) -> str:
-    """What the policy reads after a command: its output, and how it ended unless it ended well."""
-    text = (result.stdout + result.stderr).decode("utf-8", errors="replace").removesuffix("\n")
-    if len(text) > max_chars:
-        half = max_chars // 2
-        text = f"{text[:half]}\n({len(text) - 2 * half} characters left out)\n{text[-half:]}"
-    text = text or "(no output)"
-    if result.status is not ExecStatus.EXITED:
-        return f"{text}\n(killed: {result.status})"
-    return text if result.exit_code == 0 else f"{text}\n(exit code {result.exit_code})"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCalling:
+    """The policy calls tools: a turn with a ``tool`` block (``posttrain.conversation.tool_calls``) runs the call.
+
+    The episode ends when the policy submits, or with a turn that calls nothing. Only what it submitted is kept.
+    """
+
+    tools: Tools
+    max_turns: int = 30
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> ToolCallingEpisode:
+        return ToolCallingEpisode(self.tools.start(_required(sandbox, task)))
+
+
+class ToolCallingEpisode:
+    def __init__(self, tools: ToolSession) -> None:
+        self._tools = tools
+        self._submitted: Mapping[str, bytes] = EMPTY
+
+    async def respond(self, text: str) -> tuple[Message, ...] | None:
+        try:
+            call = parse_tool_call(text)
+        except ValueError as error:
+            return _tool_message(f"(not run: {error})")
+        if call is None:
+            return None
+        observation = await self._tools.call(call)
+        if observation.submitted is None:
+            return _tool_message(observation.text)
+        self._submitted = observation.submitted
+        return None
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        return self._submitted
+
+
+def _tool_message(text: str) -> tuple[Message, ...]:
+    return ({"role": "tool", "content": text},)
+
+
+def _required(sandbox: Sandbox | None, task: Task) -> Sandbox:
+    if sandbox is None:
+        raise ValueError(
+            f"task {task.id!r} is played with tools but has no sandbox; give it Task.sandbox=SandboxSpec(...)"
+        )
+    return sandbox

@@ -17,7 +17,7 @@ import numpy as np
 
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, SandboxError
-from posttrain.protocols import Engine, Environment, Episode, Reward, Sandbox, Substrate
+from posttrain.protocols import Engine, Environment, Episode, KeepsBoxes, Reward, Sandbox, Substrate
 from posttrain.types import (
     FinishReason,
     IntArray,
@@ -52,11 +52,17 @@ class Boxes:
     limit: asyncio.Semaphore
 
     @contextlib.asynccontextmanager
-    async def open(self, spec: SandboxSpec) -> AsyncIterator[Sandbox]:
+    async def open(self, spec: SandboxSpec, *, attempt: str | None = None) -> AsyncIterator[Sandbox]:
+        """A fresh box; for a named attempt at a rollout, the one it already has where the substrate keeps boxes."""
         if self.substrate is None:
             raise SandboxError("a sandbox is needed but the recipe has no substrate; set Recipe.substrate")
-        async with self.limit, self.substrate.open(spec) as box:
-            yield box
+        async with self.limit:
+            if attempt is not None and isinstance(self.substrate, KeepsBoxes):
+                opening = self.substrate.open_for(attempt, spec)
+            else:
+                opening = self.substrate.open(spec)
+            async with opening as box:
+                yield box
 
 
 @dataclass(slots=True)
@@ -74,9 +80,20 @@ class _Transcript:
 
 
 async def run_rollout(
-    rollout_id: str, task: Task, *, policy: Policy, environment: Environment, boxes: Boxes, deadline_s: float
+    rollout_id: str,
+    task: Task,
+    *,
+    attempt: str,
+    policy: Policy,
+    environment: Environment,
+    boxes: Boxes,
+    deadline_s: float,
 ) -> Rollout:
-    """Play one task to its end. Never raises for what goes wrong inside; the rollout says so instead."""
+    """Play one task to its end. Never raises for what goes wrong inside; the rollout says so instead.
+
+    ``attempt`` names this try at it: played again under the same name, after the process that played it died, it goes
+    on in the box it had.
+    """
     started = time.monotonic()
     transcript = _Transcript()
     artifacts: dict[str, bytes] = {}
@@ -84,7 +101,9 @@ async def run_rollout(
     clock = asyncio.timeout(deadline_s)
     try:
         async with clock, contextlib.AsyncExitStack() as stack:
-            box = await stack.enter_async_context(boxes.open(task.sandbox)) if task.sandbox else None
+            box = None
+            if task.sandbox is not None:
+                box = await stack.enter_async_context(boxes.open(task.sandbox, attempt=attempt))
             episode = environment.start(task, box)
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
             while await _play_turn(rollout_id, transcript, policy=policy, episode=episode):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
@@ -39,6 +39,8 @@ class GroupJob:
     num_rollouts: int
     play: Play
     seed: int
+    player: str = ""
+    """Who plays, where several play under the same rollout ids so as to draw the same random numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ class Player:
     async def _attempt(
         self, job: GroupJob, rollout_id: str, boxes: Boxes, places: asyncio.Semaphore
     ) -> tuple[Rollout, Score]:
-        """One rollout and its score; machinery failures are tried again with the same random numbers."""
+        """One rollout and its score; machinery failures are tried again with the same random numbers, in a new box."""
         policy = Policy(
             engine=self._engine,
             chat=self._chat,
@@ -105,18 +107,22 @@ class Player:
             max_sequence_tokens=job.play.max_sequence_tokens,
             seed=job.seed,
         )
+        failures: tuple[str, ...] = ()
         async with places:
-            for _ in range(1 + self._workers.max_retries):
+            for attempt in range(1 + self._workers.max_retries):
                 rollout = await run_rollout(
                     rollout_id,
                     job.task,
+                    attempt=f"{job.player}/{rollout_id}@{attempt}",
                     policy=policy,
                     environment=job.play.environment,
                     boxes=boxes,
                     deadline_s=self._workers.episode_deadline_s,
                 )
+                rollout = replace(rollout, failures=failures)
                 if not rollout.failed:
                     break
+                failures = (*failures, str(rollout.error))
             return rollout, await self._score(job.play.reward, rollout, boxes)
 
     async def _score(self, reward: Reward | GroupReward | None, rollout: Rollout, boxes: Boxes) -> Score:

@@ -85,6 +85,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     generated = float(sum(rollout.num_generated for rollout in rollouts))
     return {
         "failed_rollouts": float(sum(rollout.failed for rollout in rollouts)),
+        "repeated_attempts": float(sum(len(rollout.failures) for rollout in rollouts)),
         "completion_tokens": generated / count,
         "truncated": sum(rollout.stop is StopReason.LENGTH for rollout in rollouts) / count,
         "turns": sum(len(rollout.turns) for rollout in rollouts) / count,

@@ -53,6 +53,7 @@ def rollout_record(rollout: Rollout, score: Score) -> Record:
         "conversation": list(rollout.messages),
         "stop": rollout.stop.value,
         "error": rollout.error,
+        "failures": list(rollout.failures),
         "tokens": {"generated": rollout.num_generated, "total": len(rollout.token_ids)},
         "versions": [int(versions.min()), int(versions.max())] if len(versions) else None,
         "wall_s": round(rollout.wall_s, 3),

@@ -4,6 +4,7 @@
 
     recipe.json  metrics.jsonl  events.jsonl  tensorboard/  plots/*.png  report.html  report.json
     stages/<stage>/{rollouts.jsonl, checkpoints/, judges/, final/, done.json}
+    boxes/  (what was done in each sandbox, where the substrate keeps them)
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class RunDir:
         self.plots = self.path / "plots"
         self.report_html = self.path / "report.html"
         self.report_json = self.path / "report.json"
+        self.boxes = self.path / "boxes"
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the directory for this process; ``RecipeError`` when another process has it."""

@@ -6,6 +6,7 @@ One file a (model, domain) pair makes the stage resumable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,9 +78,10 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
             f"{settings.num_tasks}; its intervals are the wider for it."
         )
     # The ids leave out the contestant, so that all draw with the same random numbers: a paired comparison.
+    job = functools.partial(session.job, player=entrant.model)
     prefix = f"evaluate/{entrant.domain}"
-    greedy = [session.job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]
-    sampled = [session.job(f"{prefix}/{i}", t, num_rollouts=settings.num_samples) for i, t in enumerate(tasks)]
+    greedy = [job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]
+    sampled = [job(f"{prefix}/{i}", t, num_rollouts=settings.num_samples) for i, t in enumerate(tasks)]
     groups = session.rollouts.play(greedy + sampled)
     scores = ModelScores(
         domain=entrant.domain,

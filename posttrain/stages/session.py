@@ -16,7 +16,7 @@ from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.learner import Learner
 from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
-from posttrain.protocols import PolicyJudged
+from posttrain.protocols import KeepsBoxes, PolicyJudged
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
@@ -72,12 +72,16 @@ class Session:
         from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
 
         self._stack.enter_context(ray_session(self.recipe.workers))
+        substrate = self.recipe.substrate
+        if isinstance(substrate, KeepsBoxes):
+            # Entered before the workers, so that these are gone when their boxes are removed.
+            substrate = self._stack.enter_context(substrate.for_run(self.run.boxes))
         spec = WorkerSpec(
             model_path=self.base_path,
             dtype=str(self.dtype).removeprefix("torch."),
             max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
             workers=self.recipe.workers,
-            substrate=self.recipe.substrate,
+            substrate=substrate,
         )
         return self._stack.enter_context(RolloutService(spec))
 
@@ -91,7 +95,16 @@ class Session:
         """Give the workers the learner's weights of this moment."""
         self.rollouts.load_weights(export_weights(learner.weights(self.dtype).items(), self.dtype), version)
 
-    def job(self, job_id: str, task: Task, *, num_rollouts: int, scored: bool = True, greedy: bool = False) -> GroupJob:
+    def job(
+        self,
+        job_id: str,
+        task: Task,
+        *,
+        num_rollouts: int,
+        scored: bool = True,
+        greedy: bool = False,
+        player: str = "",
+    ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
         play = Play(
@@ -100,7 +113,9 @@ class Session:
             sampling=_greedy(domain.sampling) if greedy else domain.sampling,
             max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
         )
-        return GroupJob(id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed)
+        return GroupJob(
+            id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
+        )
 
     def warn(self, message: str) -> None:
         """Put something the reader of the report should know into the report."""

@@ -44,6 +44,15 @@ def find(name: str) -> Image | None:
     return Image(name, found[-1].stem.rpartition("-")[2], found[-1]) if found else None
 
 
+def require(name: str) -> Image:
+    """The newest image of this name. ``SandboxUnavailable`` says how to build it."""
+    image = find(name)
+    if image is None:
+        command = "python -m sandbox.images.build" + ("" if name == "default" else f" {name}")
+        raise SandboxUnavailable(f"no image {name!r} in {cache()}; build it once as root with {command} ({INSTALL})")
+    return image
+
+
 @functools.cache
 def unpacked(image: Image) -> Path:
     """The image as a directory, unpacked on first use. Device nodes are left out; boxes have their own /dev."""
