@@ -55,6 +55,8 @@ SETTLE_S = 0.3
 BOOT_DEADLINE_S = 120.0
 PROBE_DEADLINE_S = 5.0
 QMP_DEADLINE_S = 30.0
+KVM = Path("/dev/kvm")
+PVM = Path("/sys/module/kvm_pvm")
 INSTALL = "apt-get install --no-install-recommends qemu-system-x86"
 
 
@@ -124,19 +126,28 @@ class FullVM(MicroVM):
 @functools.cache
 def accelerator(binary: str) -> str:
     """``kvm`` when a guest starts with it, else ``tcg``. Tried once per start of the host, in at most 5 s."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK) or Path("/sys/module/kvm_pvm").exists():
+    if not os.access(KVM, os.R_OK | os.W_OK) or PVM.exists():
         # PVM runs only guests that were built for it, and interprets all others.
         return "tcg"
     host_boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
     def probe(partial: Path) -> None:
-        machine = Machine(binary=binary, accelerator="kvm", image=build.require("default"), memory_mb=128, cpus=1)
-        with contextlib.ExitStack() as stack:
-            qemu = Qemu(machine, disk=vm.disk(machine.image))
-            stack.callback(qemu.kill)
-            partial.write_text("kvm" if qemu.is_waiting(PROBE_DEADLINE_S) else "tcg")
+        partial.write_text("kvm" if starts_with_kvm(binary) else "tcg")
 
     return vm.once(vm.folder() / f"accelerator-{host_boot}", probe).read_text()
+
+
+def starts_with_kvm(binary: str) -> bool:
+    """Whether a guest that is started with KVM reaches its process 1 within 5 s."""
+    machine = Machine(binary=binary, accelerator="kvm", image=build.require("default"), memory_mb=128, cpus=1)
+    with contextlib.ExitStack() as stack:
+        qemu = Qemu(machine, disk=vm.disk(machine.image))
+        stack.callback(qemu.kill)
+        try:
+            qemu.wait_for_guest(PROBE_DEADLINE_S)
+        except SandboxError:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,18 +214,28 @@ class Qemu:
                 argv += ["-incoming", f"fd:{files[-1].fileno()}"]
             passed = [agent_end.fileno(), monitor_end.fileno(), self._console, *(file.fileno() for file in files)]
             self.process = subprocess.Popen(
-                _confined(argv, group), stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True
+                confined(argv, machine.accelerator, group),
+                stdin=subprocess.DEVNULL,
+                pass_fds=passed,
+                start_new_session=True,
             )
         self._replies = self._monitor.makefile("rb")
         self._monitor.settimeout(QMP_DEADLINE_S)
 
-    def is_waiting(self, deadline_s: float) -> bool:
-        """Whether process 1 of a starting guest reports in time that it waits."""
+    def wait_for_guest(self, deadline_s: float) -> None:
+        """Return when process 1 of a starting guest waits. ``SandboxError`` when it does not in time, or QEMU ends."""
         self.agent.settimeout(deadline_s)
         try:
-            return self.agent.recv(1) == guest.WAITING
+            sign = self.agent.recv(1)
         except TimeoutError:
-            return False
+            raise SandboxError(f"the guest did not start within {deadline_s:g} s: {self.console()}") from None
+        if sign != guest.WAITING:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=1)
+            raise SandboxError(
+                f"QEMU ended before the guest started (exit code {self.process.poll()}; the reason is on stderr): "
+                f"{self.console()}"
+            )
 
     def greet(self) -> None:
         """Take up the monitor's protocol."""
@@ -285,10 +306,14 @@ def _path(file: BinaryIO) -> str:
     return f"/dev/fd/{file.fileno()}"
 
 
-def _confined(argv: Sequence[str], group: cgroups.Group | None) -> list[str]:
-    """The command that enters the groups, gives up root, is tied to this process's life, and becomes QEMU."""
+def confined(argv: Sequence[str], accelerator: str, group: cgroups.Group | None = None) -> list[str]:
+    """The command that enters the groups, gives up root, is tied to this process's life, and becomes QEMU.
+
+    With KVM it stays in the Unix group of the device, which most distributions let nobody else open.
+    """
     enter = "".join(f"echo $$ > {shlex.quote(str(path))}/cgroup.procs; " for path in (group.paths if group else ()))
-    setpriv = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--no-new-privs"]
+    kept = ["--groups", str(KVM.stat().st_gid)] if accelerator == "kvm" else ["--clear-groups"]
+    setpriv = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, *kept, "--no-new-privs"]
     return ["/bin/sh", "-ec", enter + 'exec "$@"', "sh", *setpriv, "--pdeathsig", "KILL", *argv]
 
 
@@ -306,8 +331,7 @@ def save(machine: Machine) -> None:
         with contextlib.ExitStack() as stack:
             qemu = Qemu(machine, disk=disk)
             stack.callback(qemu.kill)
-            if not qemu.is_waiting(BOOT_DEADLINE_S):
-                raise SandboxError(f"the guest did not start within {BOOT_DEADLINE_S:.0f} s: {qemu.console()}")
+            qemu.wait_for_guest(BOOT_DEADLINE_S)
             qemu.greet()
             time.sleep(SETTLE_S)
             qemu.save(partial / "memory")
@@ -336,6 +360,7 @@ def _box_memory_mb(spec: SandboxSpec) -> int:
 
 async def start(substrate: MicroVM, spec: SandboxSpec) -> AgentSandbox:
     """A running box with its agent answering; ``stop`` removes it."""
+    _remove_orphans_once()
     machine = await asyncio.to_thread(machine_for, substrate, spec)
     await asyncio.to_thread(save, machine)
     with contextlib.ExitStack() as undo:
@@ -379,3 +404,6 @@ def _setup(spec: SandboxSpec) -> dict[str, Any]:
         "max_processes": spec.max_processes + 1,
         "filter": seccomp.bpf().hex(),
     }
+
+
+_remove_orphans_once = functools.cache(cgroups.remove_orphans)

@@ -166,11 +166,24 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
     with target.with_name(f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         if not target.exists():
-            make(partial)
-            partial.rename(target)
+            try:
+                make(partial)
+                if partial.is_file():
+                    # QEMU opens it as nobody, whatever this process's umask is.
+                    partial.chmod(0o644)
+                partial.rename(target)
+            finally:
+                _remove(partial)
     return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _run(argv: list[str], cwd: Path | None = None) -> str:
