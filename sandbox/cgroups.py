@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import SandboxError
+from posttrain.errors import SandboxError, SandboxUnavailable
 from sandbox import owners
 
 MOUNT = Path("/sys/fs/cgroup")
@@ -199,6 +199,15 @@ def of(pid: int) -> Group | None:
 def is_available() -> bool:
     """Whether this process may create groups with all three controllers."""
     return _bases() is not None
+
+
+def require(substrate: str) -> None:
+    """Raise ``SandboxUnavailable`` where the substrate of this name could not limit its boxes."""
+    if not is_available():
+        raise SandboxUnavailable(
+            f"substrate {substrate!r}: it needs root and writable control groups for memory, pids and cpu; run as root "
+            f"(in a container with {MOUNT} mounted for writing), or use the substrate 'process'"
+        )
 
 
 def can_freeze() -> bool:

@@ -88,11 +88,7 @@ class Gvisor:
         """Raise ``SandboxUnavailable`` unless a box can be opened here."""
         if shutil.which(self.binary) is None:
             raise SandboxUnavailable(f"substrate 'gvisor': {self.binary} is missing; {INSTALL}")
-        if not cgroups.is_available():
-            raise SandboxUnavailable(
-                "substrate 'gvisor': it needs root and writable control groups for memory, pids and cpu; run as root, "
-                f"in a container with {cgroups.MOUNT} mounted for writing, or use the substrate 'process'"
-            )
+        cgroups.require(self.name)
         build.require("default")
         problem = _trial(self.binary, self.platform)
         if problem:

@@ -96,11 +96,7 @@ class MicroVM:
         """Raise ``SandboxUnavailable`` unless a box can be opened here."""
         if shutil.which(self.binary) is None:
             raise SandboxUnavailable(f"substrate {self.name!r}: {self.binary} is missing; as root: {INSTALL}")
-        if not cgroups.is_available():
-            raise SandboxUnavailable(
-                f"substrate {self.name!r}: it needs root and writable control groups for memory, pids and cpu; run as "
-                f"root, in a container with {cgroups.MOUNT} mounted for writing, or use the substrate 'process'"
-            )
+        cgroups.require(self.name)
         build.require("default")
         vm.require_kernel()
 

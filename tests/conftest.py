@@ -22,6 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests import boxes
 from tests.left_over import Witness
 from tests.tiny_models import save_tiny_model
 
@@ -35,6 +36,14 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     left = witness.left_over()
     assert not left, "left over by the tests:\n" + "\n".join(left)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def some_box_was_opened() -> Iterator[None]:
+    """Fails the session when it had tests of boxes and no kind of box could be opened."""
+    yield
+    reasons = boxes.all_were_skipped()
+    assert not reasons, f"every test of a box was skipped:\n{reasons}"
 
 
 @pytest.fixture

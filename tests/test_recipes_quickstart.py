@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable
 from recipes import quickstart
+from tests.boxes import require
 from tests.test_posttrain_resume import kill_at
 
 SHORT = {
@@ -34,11 +34,9 @@ KILLS = {"grpo-agent": "checkpoints/step-00000[1-2]", "grpo-writing": "checkpoin
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_short_quickstart_survives_kills_amid_tools_and_judging(tmp_path):
-    try:
-        assert quickstart.recipe().substrate is not None
-        quickstart.recipe().substrate.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    substrate = quickstart.recipe().substrate
+    assert substrate is not None
+    require(substrate)
     run_dir = tmp_path / "run"
     resume: list[str] = []
     for stage, sign in KILLS.items():

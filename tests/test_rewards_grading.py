@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.config import Workers
 from posttrain.conversation.tool_calls import format_tool_call
-from posttrain.errors import RecipeError, SandboxError, SandboxUnavailable
+from posttrain.errors import RecipeError, SandboxError
 from posttrain.rollout.environments import ToolCalling
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.types import (
@@ -30,6 +30,7 @@ from posttrain.types import (
 from rewards.grading import HiddenTests
 from sandbox.process import Process
 from sandbox.tools import BoxTools
+from tests.boxes import require
 from tests.tiny_models import FakeSubstrate, ScriptedEngine, tiny_chat
 
 RIGHT = "def f(x):\n    return 2 * x\n"
@@ -46,11 +47,7 @@ REWARD = HiddenTests(sandbox=SandboxSpec(timeout_s=20.0))
 
 @pytest.fixture(scope="module")
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 def task(**info: Any) -> Task:

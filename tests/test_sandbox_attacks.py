@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable
 from sandbox import agent, client, process, seccomp
 from sandbox.attempts import reached
 from sandbox.checklist import CHECKLIST, ELSEWHERE
@@ -15,17 +14,14 @@ from sandbox.conformance import ATTACKS, ATTACKS_WHOLE, CHECKS, WHOLE, Check, ch
 from sandbox.conformance_escape import NAMESPACES, NETWORK, OLD_INTERFACES, SPEC, listening
 from sandbox.conformance_files import a_swapped_directory_leads_nowhere, what_is_no_plain_file_is_not_read
 from sandbox.process import Process
+from tests.boxes import require
 
 NUM_ITEMS = 62
 
 
 @pytest.fixture
 def substrate() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 def test_every_item_of_the_checklist_has_a_check_that_is_run() -> None:

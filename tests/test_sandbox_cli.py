@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox.edge_client import EdgeClient
 from sandbox.log import TrajectoryLog
 from sandbox.process import Process
 from sandbox.recorded import RecordedSandbox, Recorder, creation
+from tests.boxes import require
 
 COMMAND = (sys.executable, "-m", "sandbox.cli")
 ROOT = Path(__file__).parent.parent
@@ -34,10 +34,7 @@ SCRIPT = b"import time\nprint('same')\nprint(time.time())\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def _process_boxes():
-    try:
-        Process().check()
-    except SandboxUnavailable as reason:
-        pytest.skip(str(reason))
+    require(Process())
 
 
 def sandbox(*arguments: str, stdin: bytes = b"", check: int | None = 0) -> subprocess.CompletedProcess[bytes]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import pytest
 
-from posttrain.errors import RecipeError, SandboxLost, SandboxUnavailable
+from posttrain.errors import RecipeError, SandboxLost
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
-from sandbox import dockerd
 from sandbox.conformance import (
     ATTACKS,
     ATTACKS_WHOLE,
@@ -33,6 +31,8 @@ from sandbox.gvisor import Gvisor
 from sandbox.pool import close_pools
 from sandbox.process import Process
 from sandbox.qemu import MicroVM
+from tests import boxes
+from tests.boxes import require
 
 KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Function(warm=1), Gvisor(), MicroVM()]
 IDS = ["process", "container", "function", "gvisor", "microvm"]
@@ -43,14 +43,7 @@ ATTACKED_IDS = [IDS[0], IDS[1], IDS[3]]
 
 @pytest.fixture
 def substrate(request: pytest.FixtureRequest) -> Substrate:
-    kind: Substrate = request.param
-    try:
-        if isinstance(kind, Container) and os.geteuid() == 0:
-            dockerd.start()
-        kind.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return kind
+    return require(request.param)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -162,3 +155,26 @@ def test_a_box_without_isolation_is_not_attacked(
     monkeypatch.setattr(sys, "argv", ["conformance", f"{here}:UNISOLATED"])
     assert main() == 2
     assert "no isolation" in capsys.readouterr().err
+
+
+def test_a_suite_of_which_everything_was_skipped_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def skip_all(substrate: Substrate) -> dict[str, tuple[str, str]]:
+        return {"no_network": ("skip", "a reason"), "nothing_is_left": ("pass", "")}
+
+    monkeypatch.setattr("sandbox.conformance.run", skip_all)
+    monkeypatch.setattr(sys, "argv", ["conformance", "process"])
+    assert main() == 1
+    assert "every check was skipped" in capsys.readouterr().err
+
+
+def test_a_session_in_which_no_box_could_be_opened_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "possible", set())
+    monkeypatch.setattr(boxes, "skipped", {})
+    assert boxes.all_were_skipped() == ""
+    with pytest.raises(pytest.skip.Exception, match="no-such-bwrap"):
+        boxes.require(Process(binary="no-such-bwrap"))
+    assert "process: " in boxes.all_were_skipped()
+    boxes.require(Process())
+    assert boxes.all_were_skipped() == ""

@@ -39,6 +39,7 @@ from sandbox.operations import KINDS, Operations
 from sandbox.pool import close_pools, settled
 from sandbox.process import Process
 from sandbox.recorded import CrashAt, RecordedSandbox, Recorder, Unknown
+from tests.boxes import require
 from tests.test_sandbox_operations import COUNT, COUNTS, SCENARIOS, SPEC
 
 POINTS = ("intent", "effect", "result", "reply")
@@ -57,11 +58,7 @@ def own_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 def wait_until_dead(pid: int, deadline_s: float = DEATH_DEADLINE_S) -> None:
@@ -391,11 +388,7 @@ def test_the_agent_of_a_container_dies(tmp_path: Path, daemon: Daemon, kind: str
 
 @pytest.mark.parametrize("point", POINTS[:-1])
 def test_a_kernel_of_its_own_dies(tmp_path: Path, point: str) -> None:
-    substrate, killer = Gvisor(), Killer()
-    try:
-        substrate.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    substrate, killer = require(Gvisor()), Killer()
 
     async def play() -> None:
         async with substrate.open(SPEC) as box:

@@ -7,10 +7,11 @@ import contextlib
 
 import pytest
 
-from posttrain.errors import SandboxError, SandboxUnavailable
+from posttrain.errors import SandboxError
 from posttrain.types import SandboxSpec
 from sandbox.demand import LEAD_S, MEMORY_S, Demand, WarmBoxes
 from sandbox.process import Process
+from tests.boxes import require
 from tests.test_sandbox_edge import Clock, Memory
 
 
@@ -81,10 +82,7 @@ def test_a_substrate_with_a_pool_of_its_own_is_left_to_it() -> None:
 
 
 def test_a_waiting_box_that_died_is_not_handed_out_and_a_taken_one_is_like_new() -> None:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    require(Process())
 
     async def play() -> None:
         warm = WarmBoxes(2, clock=Clock())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
+from posttrain.errors import SandboxError, SandboxLost
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import edge as edge_module
 from sandbox.edge import Edge, EdgeBusy, Hold, Limits, serve_boxes
@@ -20,6 +20,7 @@ from sandbox.operations import Request
 from sandbox.process import Process
 from sandbox.recorded import Diverged, Unknown
 from sandbox.wire import pack_error, unpack_error
+from tests.boxes import require
 
 SPEC = SandboxSpec(files={"seed": b"7\n"})
 PEEK = Request("list", {"path": "."})
@@ -321,10 +322,7 @@ def test_logs_of_boxes_that_are_long_gone_are_deleted_with_their_payloads(tmp_pa
 
 
 def test_a_preempted_clients_processes_stand_still_until_it_is_back(tmp_path: Path) -> None:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    require(Process())
     if not Process().capabilities().get("pause"):
         pytest.skip("boxes of substrate 'process' cannot be paused here: no freezer control group")
     clock = Clock()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.errors import SandboxLost, SandboxUnavailable
+from posttrain.errors import SandboxLost
 from posttrain.types import ExecStatus, SandboxSpec
 from sandbox.conformance import CHECKS, Check, check_box
 from sandbox.edge import EdgeBusy, Limits, serve_boxes
@@ -27,6 +27,7 @@ from sandbox.local import LocalUnsafe
 from sandbox.log import Fenced, TrajectoryLog
 from sandbox.process import Process
 from sandbox.recorded import Diverged, Unknown
+from tests.boxes import require
 
 LOCAL = LocalUnsafe(i_accept_that_model_written_code_runs_unisolated=True)
 SPEC = SandboxSpec(timeout_s=20.0)
@@ -45,11 +46,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 @contextlib.asynccontextmanager

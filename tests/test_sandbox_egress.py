@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ensurepip
-import os
 import re
 import shutil
 import socket
@@ -17,11 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable, Unsupported
+from posttrain.errors import Unsupported
 from posttrain.network import AllowList, parse
 from posttrain.protocols import Substrate
 from posttrain.types import ExecResult, SandboxSpec
-from sandbox import dockerd
 from sandbox.agent_egress import MAX_CONNECTIONS, PIECE, WINDOW
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
@@ -34,6 +32,7 @@ from sandbox.pool import close_pools
 from sandbox.process import Process
 from sandbox.qemu import MicroVM
 from sandbox.recorded import creation, spec_of
+from tests.boxes import require
 
 KINDS = [Process(), pytest.param(Container(), marks=pytest.mark.docker), Gvisor()]
 every_box = pytest.mark.parametrize("substrate", KINDS, indirect=True, ids=["process", "container", "gvisor"])
@@ -59,14 +58,7 @@ def first_line(made):
 
 @pytest.fixture
 def substrate(request: pytest.FixtureRequest) -> Substrate:
-    kind: Substrate = request.param
-    try:
-        if isinstance(kind, Container) and os.geteuid() == 0:
-            dockerd.start()
-        kind.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return kind
+    return require(request.param)
 
 
 class Names:

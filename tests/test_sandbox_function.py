@@ -6,24 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.errors import RecipeError, SandboxUnavailable
+from posttrain.errors import RecipeError
 from posttrain.types import SandboxSpec
 from sandbox.client import AgentSandbox
 from sandbox.function import Function
 from sandbox.local import LocalUnsafe
 from sandbox.pool import close_pools
+from tests.boxes import require
 
 SPEC = SandboxSpec(timeout_s=5.0)
 
 
 @pytest.fixture
 def substrate() -> Function:
-    substrate = Function(warm=1, max_calls=4)
-    try:
-        substrate.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return substrate
+    return require(Function(warm=1, max_calls=4))
 
 
 def _boxes(substrate: Function, *uses: Callable[[AgentSandbox], Awaitable[object]]) -> list[AgentSandbox]:

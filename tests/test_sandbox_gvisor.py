@@ -18,6 +18,7 @@ from posttrain.types import ExecStatus, SandboxSpec
 from sandbox import cgroups, gvisor, owners
 from sandbox.gvisor import Gvisor
 from sandbox.pool import close_pools
+from tests.boxes import require
 
 SPEC = SandboxSpec(memory_mb=64, disk_mb=8, max_processes=16)
 OWNER = """
@@ -38,11 +39,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def substrate() -> Gvisor:
-    try:
-        Gvisor().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Gvisor()
+    return require(Gvisor())
 
 
 def left_over() -> set[str]:

@@ -34,6 +34,7 @@ from sandbox.local import LocalUnsafe
 from sandbox.log import RecordKind, TrajectoryLog
 from sandbox.process import Process
 from sandbox.tools import BoxTools
+from tests.boxes import require
 from tests.tiny_models import END, ScriptedEngine, save_tiny_model, tiny_chat
 
 pytestmark = pytest.mark.timeout(120)
@@ -105,11 +106,7 @@ def silent_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 def kill_when_named(marks: list[Path]) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxError, SandboxUnavailable, Unsupported
+from posttrain.errors import SandboxError, Unsupported
 from posttrain.protocols import Substrate
 from posttrain.types import SandboxSpec
-from sandbox import dockerd, layers
+from sandbox import layers
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
 from sandbox.function import Function
@@ -26,6 +25,7 @@ from sandbox.log import TrajectoryLog
 from sandbox.pool import close_pools
 from sandbox.process import Process
 from sandbox.recorded import RecordedSandbox, Recorder, creation, fork_at, replay
+from tests.boxes import require
 
 SPEC = SandboxSpec(memory_mb=64, disk_mb=8, max_processes=32)
 
@@ -38,14 +38,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def substrate(request: pytest.FixtureRequest) -> Substrate:
-    kind: Substrate = getattr(request, "param", Process())
-    try:
-        if isinstance(kind, Container) and os.geteuid() == 0:
-            dockerd.start()
-        kind.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return kind
+    return require(getattr(request, "param", Process()))
 
 
 EVERYWHERE = pytest.mark.parametrize(

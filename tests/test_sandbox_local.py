@@ -12,6 +12,7 @@ from sandbox.client import check_argv, check_env, check_path
 from sandbox.images import build
 from sandbox.local import LocalUnsafe
 from sandbox.process import Process
+from tests.boxes import require
 
 
 def test_local_must_be_asked_for() -> None:
@@ -42,10 +43,7 @@ def test_a_missing_binary_is_named() -> None:
 
 
 def test_process_without_an_image_uses_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    require(Process())
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path))
     assert Process().capabilities()["image"] == "host"
 

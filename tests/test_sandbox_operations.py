@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import os
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from posttrain.errors import SandboxLost, SandboxUnavailable, Unsupported
+from posttrain.errors import SandboxLost, Unsupported
 from posttrain.protocols import Substrate
 from posttrain.types import ExecStatus, SandboxSpec
-from sandbox import dockerd, gvisor, layers
+from sandbox import gvisor, layers
 from sandbox.client import AgentSandbox
 from sandbox.container import Container
 from sandbox.edge import Limits, serve_boxes
@@ -39,6 +38,7 @@ from sandbox.operations import (
 from sandbox.process import Process
 from sandbox.recorded import RecordedSandbox, Recorder, Unknown, creation, replay
 from sandbox.streams import Job, Session
+from tests.boxes import require
 
 SPEC = SandboxSpec(memory_mb=64, disk_mb=8, max_processes=32, files={"seed": b"7\n"})
 COUNT = "echo x >> counter; cat counter"
@@ -48,14 +48,7 @@ Died = type("Died", (BaseException,), {})
 
 @pytest.fixture
 def substrate(request: pytest.FixtureRequest) -> Substrate:
-    kind: Substrate = getattr(request, "param", Process())
-    try:
-        if isinstance(kind, Container) and os.geteuid() == 0:
-            dockerd.start()
-        kind.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return kind
+    return require(getattr(request, "param", Process()))
 
 
 EVERYWHERE = pytest.mark.parametrize(

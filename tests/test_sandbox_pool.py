@@ -1,26 +1,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
-from posttrain.errors import SandboxUnavailable
 from posttrain.types import SandboxSpec
-from sandbox import dockerd
 from sandbox.container import Container
 from sandbox.pool import close_pools
+from tests.boxes import require
 
 
 @pytest.mark.docker
 def test_pooled_boxes_are_fresh_distinct_and_replaced_when_dead() -> None:
-    substrate = Container(warm=2)
-    try:
-        if os.geteuid() == 0:
-            dockerd.start()
-        substrate.check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    substrate = require(Container(warm=2))
 
     async def use(name: str) -> None:
         async with substrate.open(SandboxSpec(files={name: b"x"})) as box:

@@ -17,16 +17,14 @@ from posttrain.types import SandboxSpec
 from sandbox import cgroups, qemu
 from sandbox.images import vm
 from sandbox.qemu import FullVM, Machine, MicroVM, accelerator, machine_for, save
+from tests.boxes import require
 
 SPEC = SandboxSpec(cpus=1.0, memory_mb=64, disk_mb=8, max_processes=16, timeout_s=20.0)
 
 
 @pytest.fixture(autouse=True)
 def _available() -> None:
-    try:
-        MicroVM().check()
-    except SandboxUnavailable as problem:
-        pytest.skip(str(problem))
+    require(MicroVM())
 
 
 async def identity() -> list[bytes]:

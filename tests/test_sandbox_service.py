@@ -28,6 +28,7 @@ from sandbox.process import Process
 from sandbox.recorded import Unknown
 from sandbox.registry import QuotaExceeded, ServiceLimits
 from sandbox.service import NAMESPACE, SandboxService, connect, start_service, stop_service
+from tests.boxes import require
 from tests.test_sandbox_edge_client import descendants
 
 pytestmark = pytest.mark.timeout(150)
@@ -48,11 +49,7 @@ LIMITS = ServiceLimits(
 
 @pytest.fixture(scope="module")
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 @pytest.fixture(scope="module")

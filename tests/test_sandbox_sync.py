@@ -9,23 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable, Unsupported
+from posttrain.errors import SandboxError, SandboxLost, Unsupported
 from posttrain.types import ExecStatus, SandboxSpec
 from sandbox import layers
 from sandbox.edge import serve_boxes
 from sandbox.edge_server import SOCKET, serving
 from sandbox.process import Process
 from sandbox.sync import Box, SandboxClient
+from tests.boxes import require
 
 COUNT = "echo x >> counter; cat counter"
 
 
 @pytest.fixture(autouse=True)
 def can_isolate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
+    require(Process())
     monkeypatch.setattr(layers, "_folder", lambda: tmp_path / "layers")
 
 

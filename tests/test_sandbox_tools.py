@@ -12,7 +12,7 @@ import pytest
 
 from posttrain.config import Workers
 from posttrain.conversation.tool_calls import describe_tools, format_tool_call, parse_tool_call
-from posttrain.errors import SandboxLost, SandboxUnavailable, Unsupported
+from posttrain.errors import SandboxLost, Unsupported
 from posttrain.protocols import Tools
 from posttrain.rollout.environments import ToolCalling
 from posttrain.rollout.player import GroupJob, Play, Player
@@ -21,6 +21,7 @@ from sandbox.client import AgentSandbox
 from sandbox.local import LocalUnsafe
 from sandbox.process import Process
 from sandbox.tools import BoxTools
+from tests.boxes import require
 from tests.tiny_models import ScriptedEngine, tiny_chat
 
 Call = Callable[..., Awaitable[Observation]]
@@ -30,11 +31,7 @@ CODE = "def f(x):\n    return x\n\n\ndef g(x):\n    return x\n"
 
 @pytest.fixture(scope="module")
 def isolated() -> Process:
-    try:
-        Process().check()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    return Process()
+    return require(Process())
 
 
 def use(substrate: Process, work: Callable[[Call, AgentSandbox], Awaitable[None]], **files: bytes) -> None:
