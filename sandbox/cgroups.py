@@ -230,7 +230,11 @@ def remove_orphans() -> None:
 
 def groups() -> list[Path]:
     """The directories of every box on this machine, whoever made them."""
-    return sorted(MOUNT.glob(f"**/{owners.PREFIX}-{KIND}-*"))
+    prefix = f"{owners.PREFIX}-{KIND}-"
+    # Not pathlib's glob, which fails when a directory is removed while it looks.
+    return sorted(
+        Path(parent, name) for parent, names, _ in os.walk(MOUNT) for name in names if name.startswith(prefix)
+    )
 
 
 def remove(path: Path) -> None:
@@ -241,7 +245,8 @@ def remove(path: Path) -> None:
         except FileNotFoundError:
             return
         except OSError:
-            thaw(path)
+            with contextlib.suppress(OSError):
+                thaw(path)
             time.sleep(0.002)
         else:
             return

@@ -19,6 +19,7 @@ import pytest
 
 from posttrain.errors import SandboxLost
 from posttrain.types import ExecStatus, SandboxSpec
+from sandbox import cgroups
 from sandbox.conformance import CHECKS, Check, check_box
 from sandbox.edge import EdgeBusy, Limits, serve_boxes
 from sandbox.edge_client import EdgeClient, EdgeSandbox, SocketLink
@@ -376,7 +377,7 @@ def nothing_left() -> Iterator[dict[int, set[Path]]]:
     assert noted
     assert all(noted.values()), "nothing was seen, so this proves nothing"
     for pid in noted:
-        assert list(Path("/sys/fs/cgroup").glob(f"**/posttrain-*:{pid}:*")) == []
+        assert [group for group in cgroups.groups() if f":{pid}:" in group.name] == []
     assert mounts() <= mounted
 
 
