@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import Metric, arguments, report, seconds
+from benchmarks.measure import Metric, arguments, random_tokens, report, seconds
 from posttrain.config import GRPO, Distill, Optim
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import DistillObjective, GrpoObjective, Objective
@@ -50,10 +50,7 @@ def make_samples(count: int, vocabulary: int) -> list[Sample]:
             id=f"sample-{index}",
             task_id=f"task-{index}",
             domain="math",
-            token_ids=rng.integers(0, vocabulary, length).astype(np.int32),
-            loss_mask=np.arange(length) >= 32,
-            logprobs=np.full(length, -np.log(vocabulary), np.float32),
-            versions=np.zeros(length, np.int32),
+            tokens=random_tokens(rng, length, vocabulary, prompt=32),
             advantage=float(rng.normal()),
             teacher="teacher",
         )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, peak memory, the table on the terminal and the JSON file."""
+"""What the benchmarks share: random samples, timing, peak memory, the table on the terminal and the JSON file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from posttrain.types import TokenArrays, Tokens
 
 MIB = 2**20
 
@@ -44,6 +47,17 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def random_tokens(rng: np.random.Generator, length: int, vocabulary: int, *, prompt: int) -> Tokens:
+    """Random tokens of a sample, as a uniform policy would have drawn those after the prompt."""
+    arrays = TokenArrays(
+        token_ids=rng.integers(0, vocabulary, length).astype(np.int32),
+        loss_mask=np.arange(length) >= prompt,
+        logprobs=np.full(length, -np.log(vocabulary), np.float32),
+        versions=np.zeros(length, np.int32),
+    )
+    return Tokens.of(arrays)
 
 
 def seconds(function: Callable[[], object], device: str, *, repeats: int, warm_up: int = 1) -> float:
@@ -79,6 +93,11 @@ class PeakMemory:
     def mib(self) -> float:
         peak = _status_bytes("VmHWM") if self._device == "cpu" else torch.cuda.max_memory_allocated()
         return (peak - self._before) / MIB
+
+
+def peak_resident_mib() -> float:
+    """Highest resident memory this process ever had, imports included (Linux only)."""
+    return _status_bytes("VmHWM") / MIB
 
 
 def report(title: str, metrics: list[Metric], json_path: Path | None, **facts: Any) -> None:

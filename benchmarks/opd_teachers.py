@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds
+from benchmarks.measure import MIB, Metric, PeakMemory, arguments, random_tokens, report, seconds
 from posttrain.config import Distill, Optim
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import DistillObjective
@@ -57,10 +57,7 @@ def make_samples(count: int, vocabulary: int) -> list[Sample]:
             id=f"sample-{index}",
             task_id=f"task-{index}",
             domain="math",
-            token_ids=rng.integers(0, vocabulary, length).astype(np.int32),
-            loss_mask=np.arange(length) >= 16,
-            logprobs=np.full(length, -np.log(vocabulary), np.float32),
-            versions=np.zeros(length, np.int32),
+            tokens=random_tokens(rng, length, vocabulary, prompt=16),
         )
         for index, length in enumerate(rng.integers(40, 80, count))
     ]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RecipeError, SandboxError
+from posttrain.errors import Preempted, RecipeError, SandboxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RecipeError, SandboxError, OSError) as problem:
         print(f"posttrain: {problem}", file=sys.stderr)
         return 2
+    except Preempted:
+        print("posttrain: stopped by SIGTERM; `posttrain run --resume` goes on where it was", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("posttrain: interrupted; `posttrain run --resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -109,10 +112,12 @@ def _show(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from posttrain.loader import load_recipe
     from posttrain.pipeline import run_recipe
+    from posttrain.preemption import PREEMPTION
     from posttrain.runs.progress import print_report
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     path = arguments.run_dir or Path("runs") / recipe.name
+    PREEMPTION.listen()
     print_report(run_recipe(recipe, path, resume=arguments.resume))
     print(f"report: {path / 'report.html'}")
     return 0

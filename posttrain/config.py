@@ -106,10 +106,17 @@ class GRPO(Value):
     """Multiply K3 by the importance ratio, which makes its gradient unbiased (V3.2)."""
     off_policy_mask_threshold: float | None = None
     """Drop negative-advantage sequences whose mean log-ratio to the behaviour policy exceeds this (V3.2)."""
+    keep_sampling_mask: bool = True
+    """Where sampling was truncated, compare policies over the tokens it chose from (V3.2); False: over all tokens,
+    though the sampler's log-probabilities are not."""
     mask_truncated_completions: bool = False
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     entropy_coef: float = 0.0
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that rollouts may run ahead of the learner. 0: every token of a step is drawn by the weights it updates.
+    Otherwise rollouts and learning overlap, new weights reach rollouts in flight, a step takes the first groups that
+    are complete, and tokens older than this many steps carry no loss."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     """Token budget of one packed forward pass; the number of micro-batches follows from the work."""
@@ -159,18 +166,35 @@ class Workers(Value):
     """How rollouts are spread over Ray actors and what is done when something hangs or breaks."""
 
     num_actors: Positive = 1
+    """Engines, each with a rollout worker of its own."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates: the embedded engine, or vLLM (``pip install posttrain[vllm]``), for GPUs."""
+    engine_options: Mapping[str, Any] = {}
+    """Arguments for vLLM's ``AsyncEngineArgs``. Where the policy is its own judge each actor has two engines: give
+    each less than half of the memory with ``gpu_memory_utilization``."""
     cpus_per_actor: float = Field(default=1.0, gt=0)
     gpus_per_actor: float = Field(default=0.0, ge=0)
+    """vLLM splits the model over them (tensor parallel)."""
     threads_per_actor: int = Field(default=0, ge=0)
     """Torch threads in an actor; 0 takes all cores of the node."""
     max_batch_size: Positive = 64
     """Rows decoded together by one engine."""
+    max_batch_tokens: Positive = 1 << 17
+    """Cached states of one engine, rows times the longest row; rows beyond it wait."""
     max_concurrent_episodes: Positive = 64
     max_concurrent_sandboxes: Positive = 16
     episode_deadline_s: float = Field(default=600.0, gt=0)
+    """Time of one episode in which the model does not speak: its box, its tools, its environment."""
     reward_deadline_s: float = Field(default=300.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
     """Extra attempts at an episode that failed for a reason that is not the policy's."""
+    hang_timeout_s: float = Field(default=120.0, gt=0)
+    """An engine or worker that does not answer, or has work and makes no progress, for this long is replaced, and its
+    rollouts go on."""
+    breaker_threshold: float = Field(default=0.5, gt=0, le=1)
+    """Share of rollouts that the machinery fails at which a stage pauses rather than train on what is left."""
+    breaker_patience_s: float = Field(default=600.0, ge=0)
+    """How long it pauses, trying one group now and then, before it gives up; the run can be resumed."""
     min_group_size: int = Field(default=2, ge=2)
     """A group with fewer scored rollouts than this leaves the step."""
 

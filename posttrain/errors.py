@@ -1,10 +1,14 @@
-"""The three kinds of failure that are ours to name. Everything else is a builtin."""
+"""The kinds of failure that are ours to name. Everything else is a builtin."""
 
 from __future__ import annotations
 
 
 class RecipeError(ValueError):
     """The recipe, an override or an input is wrong. The message names field, value, expectation and remedy."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine generates no more: closed, preempted or broken. What it has drawn is in its journal, if it has one."""
 
 
 class SandboxError(RuntimeError):
@@ -25,3 +29,7 @@ class Unsupported(SandboxError):
 
 class JudgeError(RuntimeError):
     """The judge failed or could not be read. The rollout stays unscored; it does not get 0.0."""
+
+
+class Preempted(KeyboardInterrupt):
+    """The run was told by SIGTERM to stop, to be resumed later: what is under way is put away rather than removed."""

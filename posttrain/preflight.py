@@ -29,6 +29,8 @@ def check_recipe(recipe: Recipe) -> None:
     chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    if recipe.workers.engine == "vllm":
+        _check_vllm(recipe)
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
@@ -41,6 +43,18 @@ def check_recipe(recipe: Recipe) -> None:
             )
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError("workers.engine = 'vllm' but vLLM is missing; pip install 'posttrain[vllm]'")
+    unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
+    if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):
+        raise RecipeError(
+            f"domains.{unbounded[0]}.sampling.top_k = 0 and another domain's sampling is truncated: expected with "
+            "workers.engine = 'vllm' a top_k in all domains or truncation in none, since one vLLM engine says for all "
+            "requests or for none what sampling kept; set top_k (1000 changes little)"
+        )
 
 
 def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
@@ -104,11 +118,16 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
             raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
     if domain.grpo is not None:
         sampling = domain.sampling
-        if sampling.temperature == 0 or sampling.top_p < 1 or sampling.top_k > 0:
+        if sampling.temperature == 0:
             raise RecipeError(
-                f"domains.{name}.sampling has temperature = {sampling.temperature}, top_p = {sampling.top_p}, top_k = "
-                f"{sampling.top_k}; expected for grpo a temperature > 0 and no truncation, since the learner compares "
-                "with the whole distribution; set top_p to 1 and top_k to 0"
+                f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
+                "equal rollouts teaches nothing; set it to 1"
+            )
+        if sampling.truncates and not domain.grpo.keep_sampling_mask:
+            raise RecipeError(
+                f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
+                f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
+                "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
             )
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations

@@ -7,10 +7,12 @@ thing where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy.typing as npt
 
 from posttrain.types import (
     Completion,
@@ -32,7 +34,23 @@ if TYPE_CHECKING:
     import torch
 
 
-class Engine(Protocol):
+class Completer(Protocol):
+    """Completes requests: an engine, or the way to one in another process."""
+
+    async def generate(self, request: Request) -> Completion:
+        """Complete one request. Many calls run concurrently and share forward passes.
+
+        An engine with a journal goes on from what that holds of the request. Raises ``ValueError`` when the prompt
+        leaves no room in the model's window. Cancelling the awaiting task frees the request's place.
+        """
+        ...
+
+    def forget(self, prefix: str) -> None:
+        """Requests with ids that start so are over and recorded elsewhere: what is kept of them may go."""
+        ...
+
+
+class Engine(Completer, Protocol):
     """Generates tokens for many requests at once."""
 
     @property
@@ -40,20 +58,15 @@ class Engine(Protocol):
         """Version of the weights that produce the next token."""
         ...
 
-    async def generate(self, request: Request) -> Completion:
-        """Complete one request. Many calls run concurrently and share forward passes.
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        """Replace the weights between two decode steps. Tokens already generated keep their version.
 
-        Raises ``ValueError`` when the prompt leaves no room in the model's window. Cancelling the awaiting
-        task frees the request's place.
+        Requests in flight go on under the new weights, whose log-probabilities are those of a plain forward pass.
         """
         ...
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Replace the weights between two decode steps. Tokens already generated keep their version."""
-        ...
-
     def close(self) -> None:
-        """Stop generating and free the model. Pending requests fail with ``RuntimeError``."""
+        """Stop generating and free the model. Pending requests fail with ``EngineStopped``."""
         ...
 
 
@@ -172,8 +185,12 @@ class Environment(Protocol):
     @property
     def max_turns(self) -> int: ...
 
-    def start(self, task: Task, sandbox: Sandbox | None) -> Episode:
-        """Begin an episode. ``sandbox`` is open when the task asks for one, and closed by the caller."""
+    def start(self, task: Task, sandbox: Sandbox | None) -> Episode | Awaitable[Episode]:
+        """Begin an episode; a coroutine where that takes time. ``sandbox`` is open when the task asks for one, and
+        closed by the caller.
+
+        ``ValueError``, ``KeyError`` and the like say that the task or the environment is wrong: it is not tried again.
+        """
         ...
 
 
@@ -280,6 +297,29 @@ class Playable(Protocol):
 
     @property
     def checkpoint(self) -> str: ...
+
+
+class ArrayRef(Protocol):
+    """The way to arrays that lie in a store; small, and may be pickled to other processes."""
+
+    def load(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The arrays by name, read-only, without a copy where the store can. ``KeyError`` when they were freed."""
+        ...
+
+    def free(self) -> None:
+        """Give their memory back, when nobody reads them any more. Freeing twice does nothing."""
+        ...
+
+
+class ArrayStore(Protocol):
+    """Holds per-token arrays outside of what is shuffled and sent around.
+
+    What is put into it lives until it is freed or the process that owns it has ended, however it ended.
+    """
+
+    def put(self, arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRef:
+        """Keep a copy of the arrays. ``OSError`` (ENOSPC) when there is no room."""
+        ...
 
 
 class StateStore(Protocol):

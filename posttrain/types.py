@@ -4,22 +4,28 @@ Everything here is a frozen value that pickles. Provenance rides on the object: 
 a task its domain, a sample its teacher. Per-token data are NumPy arrays; torch appears only where it is
 computed with, so that importing this module stays light.
 
+Light and heavy: what the driver keeps of a rollout (``LightRollout``) and of a sample (``Sample``) has no per-token
+arrays, only a ``Tokens``, which says what shuffling, packing, metrics and logs ask of them and where they are.
+
 Shape letters: ``T`` tokens of one rollout or sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from posttrain import network
+
+if TYPE_CHECKING:
+    from posttrain.protocols import ArrayRef, ArrayStore
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -145,19 +151,62 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    """Keeps the smallest set of tokens whose mass reaches this."""
     top_k: int = 0
+    min_p: float = 0.0
+    """Keeps the tokens at least this share as likely as the likeliest (arXiv 2407.01082); 0 turns it off."""
     max_tokens: int = 256
     """Budget of one turn; a resumed request gets what was left, not the whole."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a turn, besides the model's own end-of-turn tokens; the completion includes them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a turn, besides the model's own."""
 
     def __post_init__(self) -> None:
         for name, value, valid, expected in (
             ("temperature", self.temperature, self.temperature >= 0, "a number >= 0 (0 is greedy)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("top_k", self.top_k, self.top_k >= 0, "an integer >= 0 (0 turns it off)"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1] (0 turns it off)"),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer >= 1"),
+            ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of strings, none empty"),
         ):
             if not valid:
                 raise ValueError(f"Sampling.{name} = {value!r}: expected {expected}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn although the model gives them mass."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptTokens:
+    """What truncated sampling left to choose from, position by position: V3.2's sampling mask.
+
+    The learner normalises over the same tokens, so that both sides have one action space. A position without entries
+    was not truncated.
+    """
+
+    ids: IntArray
+    """Token ids, position after position, shape [K]."""
+    offsets: npt.NDArray[np.int64]
+    """Where each position's ids begin, then K; shape [positions + 1]."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def at(self, position: int) -> IntArray:
+        return self.ids[self.offsets[position] : self.offsets[position + 1]]
+
+    @classmethod
+    def of(cls, rows: Sequence[IntArray | None]) -> KeptTokens | None:
+        """From one array (or None) per position; None when none was truncated."""
+        if all(row is None for row in rows):
+            return None
+        parts = [np.zeros(0, np.int32) if row is None else row for row in rows]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return cls(ids=np.concatenate(parts).astype(np.int32), offsets=offsets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,10 +214,20 @@ class Request:
     """One completion wanted from an engine."""
 
     id: str
-    """Unique within a run; with ``seed`` and the position it keys every random number drawn for it."""
+    """Unique within a run: the name under which its tokens are recorded."""
     prompt_ids: IntArray
     sampling: Sampling
     seed: int = 0
+    stream: str = ""
+    """With ``seed`` and the position it keys every random number drawn; empty: ``id``. Where several models are to
+    draw the same numbers, their requests share it."""
+    continued: bool = False
+    """Whether another request is likely to begin with this one's prompt and completion; a hint to keep their states."""
+
+    @property
+    def numbers(self) -> str:
+        """Names the random numbers drawn for it."""
+        return self.stream or self.id
 
 
 class FinishReason(StrEnum):
@@ -189,6 +248,8 @@ class Completion:
     versions: IntArray
     """Weight version that produced each token."""
     finish: FinishReason
+    kept: KeptTokens | None = None
+    """Where sampling was truncated, the tokens it chose from, one position per generated token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +268,102 @@ class Turn:
     observations: tuple[Message, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenArrays:
+    """The heavy half of a rollout or a sample: what is known of each of its T tokens. All arrays have shape [T]."""
+
+    token_ids: IntArray
+    loss_mask: BoolArray
+    """True on the tokens that carry loss; a token at position 0 has no predecessor and cannot."""
+    logprobs: FloatArray
+    """Behaviour log-probabilities; read only where ``loss_mask`` is True."""
+    versions: IntArray
+    """Weight version of each generated token; read only where ``loss_mask`` is True."""
+    kept: KeptTokens | None = None
+    """Where sampling was truncated, the tokens it chose from, one position per token."""
+
+    def __post_init__(self) -> None:
+        size = len(self.token_ids)
+        for name in ("loss_mask", "logprobs", "versions", "kept"):
+            value = getattr(self, name)
+            if value is not None and len(value) != size:
+                raise ValueError(
+                    f"TokenArrays.{name} has {len(value)} entries for {size} tokens. A mask or log-probability "
+                    "of the wrong length is never padded, since a shifted one trains on the wrong tokens; "
+                    "fix the environment or engine that produced it"
+                )
+        if size and self.loss_mask[0]:
+            raise ValueError(
+                "TokenArrays.loss_mask is True at position 0, but the first token has no context to be predicted "
+                "from; give the prompt at least one token"
+            )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def unsampled(cls, token_ids: IntArray) -> TokenArrays:
+        """Those of a text that no policy wrote: every token but the first carries loss, with log-probability 0."""
+        size = len(token_ids)
+        return cls(
+            token_ids=np.asarray(token_ids, np.int32),
+            loss_mask=np.arange(size) > 0,
+            logprobs=np.zeros(size, np.float32),
+            versions=np.zeros(size, np.int32),
+        )
+
+    def parts(self) -> dict[str, npt.NDArray[Any]]:
+        """Plain arrays by name, for a store; ``of_parts`` is the inverse."""
+        parts = {name: getattr(self, name) for name in ("token_ids", "loss_mask", "logprobs", "versions")}
+        if self.kept is not None:
+            parts |= {"kept_ids": self.kept.ids, "kept_offsets": self.kept.offsets}
+        return parts
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, npt.NDArray[Any]]) -> TokenArrays:
+        plain = dict(parts)
+        ids, offsets = plain.pop("kept_ids", None), plain.pop("kept_offsets", None)
+        kept = None if ids is None or offsets is None else KeptTokens(ids=ids, offsets=offsets)
+        return cls(**plain, kept=kept)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The light half: what is known of a sequence's tokens without reading them, and where they are."""
+
+    num_tokens: int
+    num_loss_tokens: int
+    version_range: tuple[int, int] | None
+    """Oldest and newest weight version of the tokens that carry loss; None where none does."""
+    source: TokenArrays | ArrayRef | None
+    """The arrays, or the way to them; None only while both travel apart (``posttrain.rollout.arrays``)."""
+
+    @classmethod
+    def of(cls, arrays: TokenArrays) -> Tokens:
+        versions = arrays.versions[arrays.loss_mask]
+        return cls(
+            num_tokens=len(arrays),
+            num_loss_tokens=len(versions),
+            version_range=(int(versions.min()), int(versions.max())) if len(versions) else None,
+            source=arrays,
+        )
+
+    def load(self) -> TokenArrays:
+        """The arrays, read-only where they come out of a store. ``KeyError`` when they were freed."""
+        if self.source is None:
+            raise KeyError(f"the arrays of these {self.num_tokens} tokens are elsewhere; attach their references first")
+        return self.source if isinstance(self.source, TokenArrays) else TokenArrays.of_parts(self.source.load())
+
+    def put_in(self, store: ArrayStore) -> Tokens:
+        """The same with its arrays in ``store``."""
+        return replace(self, source=store.put(self.load().parts()))
+
+    def free(self) -> None:
+        """Let a store forget the arrays, for all who hold this reference; arrays held directly stay."""
+        if self.source is not None and not isinstance(self.source, TokenArrays):
+            self.source.free()
+
+
 class StopReason(StrEnum):
     FINISHED = "finished"
     """The policy ended the episode."""
@@ -218,11 +375,16 @@ class StopReason(StrEnum):
     """The episode's wall-clock deadline passed: a machinery failure, never scored."""
     ERROR = "error"
     """Something other than the policy failed: a machinery failure, never scored."""
+    INVALID = "invalid"
+    """The task's data or its environment's code is at fault: never scored, and not tried again."""
+
+
+FAILURES = (StopReason.ERROR, StopReason.DEADLINE, StopReason.INVALID)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One attempt at a task."""
+    """One attempt at a task, as its environment and its reward see it. ``light`` is what others need of it."""
 
     id: str
     task: Task
@@ -235,6 +397,10 @@ class Rollout:
     failures: tuple[str, ...] = ()
     """Why earlier attempts at it were given up, oldest first: what the machinery did, never the policy."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was computed from the turns: a pickled rollout has each token once.
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @property
     def text(self) -> str:
         """The last thing the policy said."""
@@ -242,8 +408,8 @@ class Rollout:
 
     @property
     def failed(self) -> bool:
-        """True when the machinery failed, so that no reward may be given."""
-        return self.stop in (StopReason.ERROR, StopReason.DEADLINE)
+        """True when something other than the policy failed, so that no reward may be given."""
+        return self.stop in FAILURES
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -277,14 +443,93 @@ class Rollout:
         """Weight version of each generated token, -1 where ``loss_mask`` is False, shape [T]."""
         return self._join([(np.full(len(t.context_ids), -1), t.completion.versions) for t in self.turns], np.int32)
 
+    @cached_property
+    def kept(self) -> KeptTokens | None:
+        """What truncated sampling chose from, one position per token, empty where ``loss_mask`` is False or nothing was
+        truncated; None where that is everywhere."""
+        if all(turn.completion.kept is None for turn in self.turns):
+            return None
+        rows: list[IntArray | None] = []
+        for turn in self.turns:
+            rows += [None] * len(turn.context_ids)
+            kept = turn.completion.kept
+            rows += [None if kept is None else kept.at(i) for i in range(len(turn.completion.token_ids))]
+        return KeptTokens.of(rows)
+
     @property
     def num_generated(self) -> int:
         return sum(len(t.completion.token_ids) for t in self.turns)
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.turns)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The per-token arrays, held directly. ``ValueError`` when an engine's arrays do not fit together."""
+        try:
+            arrays = TokenArrays(
+                token_ids=self.token_ids,
+                loss_mask=self.loss_mask,
+                logprobs=self.logprobs,
+                versions=self.versions,
+                kept=self.kept,
+            )
+        except ValueError as error:
+            raise ValueError(f"Rollout {self.id!r}: {error}") from error
+        return Tokens.of(arrays)
+
+    def light(self) -> LightRollout:
+        """This rollout without its arrays, which travel apart: the ``source`` of its tokens is None."""
+        return LightRollout(
+            id=self.id,
+            task=self.task,
+            messages=self.messages,
+            num_turns=self.num_turns,
+            stop=self.stop,
+            error=self.error,
+            wall_s=self.wall_s,
+            failures=self.failures,
+            tokens=replace(self.tokens, source=None),
+        )
 
     @staticmethod
     def _join(pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], dtype: Any) -> npt.NDArray[Any]:
         parts = [part for pair in pairs for part in pair]
         return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LightRollout:
+    """What the driver keeps of a rollout: samples, metrics and the log are made of it. Fields as in ``Rollout``."""
+
+    id: str
+    task: Task
+    messages: tuple[Message, ...]
+    """The conversation after the prompt."""
+    num_turns: int
+    stop: StopReason
+    tokens: Tokens
+    error: str | None = None
+    wall_s: float = 0.0
+    failures: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The last thing the policy said."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
+
+    @property
+    def failed(self) -> bool:
+        """True when something other than the policy failed, so that no reward may be given."""
+        return self.stop in FAILURES
+
+    @property
+    def num_generated(self) -> int:
+        return self.tokens.num_loss_tokens
+
+
+AnyRollout = Rollout | LightRollout
 
 
 class ScoreStatus(StrEnum):
@@ -333,7 +578,8 @@ class Group:
     """The rollouts of one task with their scores, index by index."""
 
     task: Task
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[AnyRollout, ...]
+    """Whole where they were played, light where their group has gone to."""
     scores: tuple[Score, ...]
 
     def __post_init__(self) -> None:
@@ -346,43 +592,29 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One token sequence for the learner. All arrays have shape [T]."""
+    """One token sequence for the learner, light: only ``load`` touches its arrays."""
 
     id: str
     task_id: str
     domain: str
-    token_ids: IntArray
-    loss_mask: BoolArray
-    """True on the tokens that carry loss; a token at position 0 has no predecessor and cannot."""
-    logprobs: FloatArray
-    """Behaviour log-probabilities; read only where ``loss_mask`` is True."""
-    versions: IntArray
+    tokens: Tokens
     advantage: float = 0.0
     teacher: str | None = None
     """Name of the teacher this sample is distilled from (OPD)."""
     weight: float = 1.0
     """The teacher's weight w_i in the OPD objective."""
     truncated: bool = False
-
-    def __post_init__(self) -> None:
-        size = len(self.token_ids)
-        for name in ("loss_mask", "logprobs", "versions"):
-            found = len(getattr(self, name))
-            if found != size:
-                raise ValueError(
-                    f"Sample {self.id!r}: {name} has {found} entries for {size} tokens. A mask or log-probability "
-                    "of the wrong length is never padded, since a shifted one trains on the wrong tokens; "
-                    "fix the environment or engine that produced it"
-                )
-        if size and self.loss_mask[0]:
-            raise ValueError(
-                f"Sample {self.id!r}: loss_mask is True at position 0, but the first token has no context to be "
-                "predicted from; give the prompt at least one token"
-            )
+    silent: bool = False
+    """Counts as a sample of its mini-batch although none of its tokens carries loss."""
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return self.tokens.num_tokens
 
     @property
     def num_loss_tokens(self) -> int:
-        return int(self.loss_mask.sum())
+        return 0 if self.silent else self.tokens.num_loss_tokens
+
+    def load(self) -> TokenArrays:
+        """Its arrays. ``KeyError`` when they were freed."""
+        arrays = self.tokens.load()
+        return replace(arrays, loss_mask=np.zeros_like(arrays.loss_mask)) if self.silent else arrays

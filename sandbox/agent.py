@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("!IBI")
 LENGTH = struct.Struct("!I")
 CONFIG, READY, EXEC, CANCEL, READ, WRITE, LIST, OK, FAILED = range(9)
-EVENT, RESULT_OF, ACKNOWLEDGE, EXTEND, DOWNLOAD = range(9, 14)
+EVENT, RESULT_OF, EXTEND, DOWNLOAD = range(9, 13)
 NAMED, SLEPT = 30, 31
 
 KILL_DEADLINE_S = 5.0
@@ -318,7 +318,6 @@ class Agent:
             EXEC: self._start,
             NAMED: self._take_named,
             RESULT_OF: self._tell_result,
-            ACKNOWLEDGE: self._forget,
             SLEPT: self._sleep_in,
             EXTEND: self._extend,
             DOWNLOAD: self._download,
@@ -466,8 +465,13 @@ class Agent:
         return "pids_limit" if refused_forks > guest.hits_before[1] else ""
 
     def _take_named(self, op: int, fields: list[bytes]) -> None:
-        """Do what a frame asks for unless an earlier one of this name has: name, kind and body of the frame."""
-        name, kind, body = fields
+        """Do what a frame asks for unless an earlier one of this name has.
+
+        The fields are its name, its kind, its body, and the names of results that the host acknowledges.
+        """
+        name, kind, body, *acknowledged = fields
+        for known in acknowledged:
+            self.results.pop(known, None)
         if self._answer(op, name):
             return
         self.askers[name] = [op]
@@ -494,9 +498,6 @@ class Agent:
     def _tell_result(self, op: int, fields: list[bytes]) -> None:
         if not self._answer(op, fields[0]):
             raise OSError(UNKNOWN_NAME, "no operation of this name is known")
-
-    def _forget(self, op: int, fields: list[bytes]) -> None:
-        self.results.pop(fields[0], None)
 
     def _sleep_in(self, op: int, fields: list[bytes]) -> None:
         """The box was frozen for so many microseconds, which count for nobody."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import itertools
 import marshal
 import math
 import os
 import resource
+import socket
 import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,7 @@ from dataclasses import replace
 from importlib.util import MAGIC_NUMBER
 from pathlib import Path, PurePosixPath
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Self
 
 from posttrain.errors import SandboxError, SandboxLost, Unsupported
 from posttrain.network import parse
@@ -80,31 +82,30 @@ Fields = list[bytes]
 """What a reply holds; an alias, since ``AgentSandbox.list`` hides the builtin inside its class."""
 
 
-class Channel(Protocol):
-    """Bytes to and from the agent."""
-
-    async def receive(self) -> bytes:
-        """The next piece; empty at the end."""
-        ...
-
-    async def send(self, data: bytes) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class StreamChannel:
+class Channel:
     """A socket whose other end is the agent's standard input and output."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
+    @classmethod
+    async def over(cls, connected: socket.socket) -> Self:
+        """A channel that owns this socket."""
+        return cls(*await asyncio.open_unix_connection(sock=connected, limit=1 << 20))
+
     async def receive(self) -> bytes:
+        """The next piece; empty at the end."""
         return await self._reader.read(1 << 18)
 
     async def send(self, data: bytes) -> None:
+        """Take all of it at once, however large, so that nobody who is cancelled leaves half a frame; wait for room."""
         self._writer.write(data)
-        await self._writer.drain()
+        if self._writer.transport.get_write_buffer_size():
+            async with asyncio.timeout(FILE_DEADLINE_S):
+                await self._writer.drain()
+        elif self._writer.is_closing():
+            raise BrokenPipeError(errno.EPIPE, "the channel is closed")
 
     def close(self) -> None:
         self._writer.close()
@@ -136,8 +137,8 @@ class AgentSandbox:
         """Set while it is not paused, and once it is lost."""
         self._awake.set()
         self._paused_at = self._slept_s = 0.0
-        self._acknowledged = b""
-        """Frames that wait for the next request: one to itself would wake the agent for nothing."""
+        self._acknowledged: list[str] = []
+        """Names that the agent is told to forget with the next one: a frame to itself would wake it for nothing."""
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._held = 0
         self._ops = itertools.count(1)
@@ -148,7 +149,6 @@ class AgentSandbox:
         """By the name of the operation that opened them, for as long as the box lives."""
         self._parts: set[str] = set()
         self._calling = asyncio.Lock()
-        self._sending = asyncio.Lock()
         self._egress: Egress | None = None
         self._setting_net = asyncio.Lock()
         self._lost = ""
@@ -210,6 +210,8 @@ class AgentSandbox:
         """
         if op_id in self._sessions or op_id in self._jobs:
             return op_id
+        if op_id in self._acknowledged:
+            raise KeyError(op_id)
         try:
             fields = await self.ask(agent.RESULT_OF, agent.pack(op_id), None)
         except OSError as error:
@@ -220,10 +222,9 @@ class AgentSandbox:
         return _result(fields, before, after or self._count()) if fields else None
 
     async def acknowledge(self, op_id: str) -> None:
-        """Let the box forget a result, of which it is told with the next request. Unknown names are ignored."""
+        """Let the box forget a result, of which it is told with the next named request. Unknown names are ignored."""
         self._counted.pop(op_id, None)
-        body = agent.pack(op_id)
-        self._acknowledged += agent.HEADER.pack(0, agent.ACKNOWLEDGE, len(body)) + body
+        self._acknowledged.append(op_id)
 
     def handle(self, op_id: str) -> Session | Job:
         """The session or the job that the operation of this name opened. ``KeyError`` when the box has none."""
@@ -648,16 +649,16 @@ class AgentSandbox:
         Raises what the agent replied (``OSError``, ``ValueError``) or ``SandboxLost``.
         """
         op = next(self._ops) if op is None else op
-        if op_id:
-            kind, body = agent.NAMED, agent.pack(op_id, kind, body)
         reply: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         if self._lost:
             raise SandboxLost(self._lost)
         self._pending[op] = reply
         try:
             await self.resume()
-            acknowledged, self._acknowledged = self._acknowledged, b""
-            await self._send(acknowledged + agent.HEADER.pack(op, kind, len(body)) + body)
+            if op_id:
+                acknowledged, self._acknowledged = self._acknowledged, []
+                kind, body = agent.NAMED, agent.pack(op_id, kind, body, *acknowledged)
+            await self._send(agent.HEADER.pack(op, kind, len(body)) + body)
             return await self._await(op, reply, deadline_s)
         except asyncio.CancelledError:
             # Only when the agent has answered is everything dead and the uid free again.
@@ -687,16 +688,8 @@ class AgentSandbox:
         return (self._paused_at if self.paused else time.monotonic()) - self._slept_s
 
     async def _send(self, data: bytes) -> None:
-        # Not half a frame, should whoever sends it be cancelled; nobody then waits for how it went.
-        sending = asyncio.ensure_future(self._send_whole(data))
-        sending.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.shield(sending)
-
-    async def _send_whole(self, data: bytes) -> None:
         try:
-            # One after the other, since a channel may send a large frame in pieces.
-            async with self._sending, asyncio.timeout(FILE_DEADLINE_S):
-                await self._channel.send(data)
+            await self._channel.send(data)
         except (OSError, TimeoutError) as error:
             self._fail(f"the channel to the agent broke: {error!r}")
             raise SandboxLost(self._lost) from error

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox import cgroups, dockerd, owners, pool, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, command_limits
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Started:
 
     client: docker.APIClient
     container: str
-    channel: AttachedChannel
+    attached: socket.socket
     pid: int
     """Of its first process, the agent."""
 
@@ -139,8 +139,13 @@ async def start(socket_path: str, spec: SandboxSpec) -> AgentSandbox:
         starting.add_done_callback(_discard)
         raise
     group = cgroups.of(started.pid)
+    try:
+        channel = await AttachedChannel.over(started.attached)
+    except BaseException:
+        await _answer(_calls.submit(started.remove))
+        raise
     box = ContainerSandbox(
-        started.channel,
+        channel,
         spec,
         hits=group.hits if group else None,
         kill=started.kill,
@@ -174,27 +179,24 @@ async def _answer(call: Future[T]) -> T:
 def _discard(starting: Future[Started]) -> None:
     if starting.exception() is None:
         started = starting.result()
-        started.channel.close()
+        started.attached.close()
         started.remove()
 
 
-class AttachedChannel:
+class AttachedChannel(Channel):
     """Docker's attach stream: what the agent writes comes in records that name its stream."""
 
-    def __init__(self, attached: socket.socket) -> None:
-        attached.setblocking(False)
-        self._socket = attached
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        super().__init__(reader, writer)
         self._buffer = bytearray()
 
     async def receive(self) -> bytes:
-        while True:
-            record = self._take_record()
-            if record:
-                return record
-            data = await asyncio.get_running_loop().sock_recv(self._socket, 1 << 18)
+        while not (record := self._take_record()):
+            data = await super().receive()
             if not data:
                 return b""
             self._buffer += data
+        return record
 
     def _take_record(self) -> bytes:
         while len(self._buffer) >= 8:
@@ -206,12 +208,6 @@ class AttachedChannel:
             if stream == 1:
                 return record
         return b""
-
-    async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self._socket, data)
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @functools.cache
@@ -272,9 +268,8 @@ def _make(client: docker.APIClient, name: str, image: str, spec: SandboxSpec) ->
         )["Id"]
         try:
             stream = client.attach_socket(container, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            channel = AttachedChannel(stream._sock)
             client.start(container)
-            return Started(client, container, channel, client.inspect_container(container)["State"]["Pid"])
+            return Started(client, container, stream._sock, client.inspect_container(container)["State"]["Pid"])
         except BaseException:
             remove(client, container)
             raise

@@ -36,7 +36,7 @@ from typing import Any
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import cgroups, owners, pool, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, StreamChannel, command_limits
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build
 
 MIB = 1 << 20
@@ -185,7 +185,7 @@ async def start(substrate: Gvisor, spec: SandboxSpec) -> AgentSandbox:
     config = json.dumps(_config(spec))
     ours, theirs = socket.socketpair()
     with theirs, contextlib.ExitStack() as undo:
-        channel = StreamChannel(*await asyncio.open_unix_connection(sock=ours, limit=1 << 20))
+        channel = await Channel.over(ours)
         undo.callback(channel.close)
         removal = undo.enter_context(contextlib.ExitStack())
         folder = Path(tempfile.mkdtemp(prefix=owners.name(KIND)))

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RecipeError, SandboxError, SandboxLost, SandboxUnavailable
+from posttrain.errors import Preempted, RecipeError, SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import SandboxSpec
 from sandbox.edge import Limits
@@ -75,12 +75,20 @@ class Kept:
 
     @contextlib.contextmanager
     def for_run(self, folder: Path) -> Iterator[Kept]:
-        """The substrate with its edges in ``folder``, a local disk. Leaving ends this host's edge and all its boxes."""
+        """The substrate with its edges in ``folder``, a local disk. Leaving ends this host's edge and all its boxes.
+
+        After ``Preempted`` they stay for ``keep_s``.
+        """
         kept = replace(self, folder=folder.absolute())
         kept.start_edge()
         try:
             yield kept
-        finally:
+        except Preempted:
+            raise
+        except BaseException:
+            stop_edge(kept.edge_folder)
+            raise
+        else:
             stop_edge(kept.edge_folder)
 
     @contextlib.asynccontextmanager

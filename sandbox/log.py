@@ -92,7 +92,6 @@ class Operation:
     seq: int
     op_id: str
     kind: str
-    req_hash: str
     idempotent: bool
     result: int | None = None
     """``seq`` of the RESULT; None while it runs, and for ever when that was cut short."""
@@ -364,7 +363,6 @@ class TrajectoryLog:
                 seq=record.seq,
                 op_id=data["op_id"],
                 kind=data["kind"],
-                req_hash=data["req_hash"],
                 idempotent=data["idempotent"],
             )
             self.operations.append(operation)
@@ -391,8 +389,7 @@ def encode(value: Any, put_blob: Callable[[bytes], Blob] | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [encode(item, put_blob) for item in value]
     if isinstance(value, Mapping):
-        pairs = {key: encode(item, put_blob) for key, item in value.items()}
-        return {"$map": list(pairs.items())} if any(key.startswith("$") for key in pairs) else pairs
+        return {"$" + key if key[:1] == "$" else key: encode(item, put_blob) for key, item in value.items()}
     return value
 
 
@@ -406,7 +403,7 @@ def decode(value: Any) -> Any:
         return base64.b64decode(value["$bytes"])
     if "$blob" in value:
         return Blob(*value["$blob"])
-    return {key: decode(item) for key, item in (value["$map"] if "$map" in value else value.items())}
+    return {key[1:] if key[:1] == "$" else key: decode(item) for key, item in value.items()}
 
 
 def _blobs(value: Any) -> Iterator[Blob]:

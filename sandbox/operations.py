@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from posttrain.errors import SandboxError, SandboxLost, Unsupported
 from posttrain.types import ExecResult, ExecStatus
@@ -40,7 +40,6 @@ class HandleLost(SandboxError):
         return HandleLost, (self.kind, self.handle)
 
 
-@runtime_checkable
 class Remembers(Protocol):
     """A box whose agent keeps results by operation id until they are acknowledged.
 
@@ -59,6 +58,11 @@ class Remembers(Protocol):
         ...
 
 
+def remembers(box: Any) -> TypeGuard[Remembers]:
+    """Whether the box has these methods: ``isinstance`` with a protocol takes longer than the rest of a call."""
+    return hasattr(box, "result_of") and hasattr(box, "acknowledge")
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call on a box."""
@@ -67,7 +71,7 @@ class Request:
     arguments: Mapping[str, Any]
 
     def digest(self) -> str:
-        """The same for equal calls only."""
+        """The same for equal calls only, whether a large payload is here or a ``Blob`` stands for it."""
         text = json.dumps([self.kind, encode(self.arguments, _blob)], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -159,9 +163,10 @@ def target_of(box: Any, request: Request) -> Any:
 async def perform(box: Any, request: Request, *, op_id: str = "") -> Any:
     """Make the call. ``op_id`` names it to a box that remembers."""
     target, kind = target_of(box, request), KINDS[request.kind]
-    named = {"op_id": op_id} if isinstance(box, Remembers) and not kind.idempotent else {}
     arguments = {name: value for name, value in request.arguments.items() if name != "handle"}
-    value = await getattr(target, kind.method)(**arguments, **named)
+    if not kind.idempotent and remembers(box):
+        arguments["op_id"] = op_id
+    value = await getattr(target, kind.method)(**arguments)
     return kind.answer(target, value, op_id)
 
 

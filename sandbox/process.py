@@ -35,7 +35,7 @@ from sandbox.client import (
     START_DEADLINE_S,
     TMP_MB,
     AgentSandbox,
-    StreamChannel,
+    Channel,
     bare,
     command_limits,
     prepare,
@@ -161,7 +161,7 @@ async def _running(binary: str, spec: SandboxSpec, group: cgroups.Group | None) 
             group.add(init)
         _map_ids(init)
         block_write.write(b"go")
-        channel = StreamChannel(*await asyncio.open_unix_connection(sock=ours, limit=1 << 20))
+        channel = await Channel.over(ours)
         box = AgentSandbox(
             channel,
             spec,

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox import cgroups, guest, pool, seccomp
-from sandbox.client import AGENT_MEMORY_MB, TMP_MB, AgentSandbox, StreamChannel, command_limits
+from sandbox.client import AGENT_MEMORY_MB, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build, vm
 
 MIB = 1 << 20
@@ -368,7 +368,7 @@ async def start(substrate: MicroVM, spec: SandboxSpec) -> AgentSandbox:
         qemu = Qemu(machine, disk=disk, state=machine.saved / "memory", group=group)
         removal.callback(qemu.kill)
         await asyncio.to_thread(qemu.resume)
-        channel = StreamChannel(*await asyncio.open_unix_connection(sock=qemu.agent, limit=1 << 20))
+        channel = await Channel.over(qemu.agent)
         freeze = group.freeze if group.freezer else None
         box = AgentSandbox(channel, spec, hits=None, kill=removal.close, freeze=freeze)
         undo.callback(box.close)

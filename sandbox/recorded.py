@@ -25,7 +25,18 @@ from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import layers
 from sandbox.log import Operation, RecordKind, TrajectoryLog
-from sandbox.operations import KINDS, Operations, Remembers, Request, outcome_of, perform, recall, target_of, unwrap
+from sandbox.operations import (
+    KINDS,
+    Operations,
+    Remembers,
+    Request,
+    outcome_of,
+    perform,
+    recall,
+    remembers,
+    target_of,
+    unwrap,
+)
 
 VARYING = frozenset({"wall_s", "cpu_s", "max_rss_bytes", "modified_s", "digest", "image"})
 """Parts of an outcome that differ from one time to the next: usage, times, and hashes of what contains times."""
@@ -90,18 +101,19 @@ class Recorder:
 
         Raises ``Diverged``, ``SandboxLost`` and what ``target_of`` raises, in which case nothing has happened.
         """
-        operations, req_hash = self.log.operations, request.digest()
+        operations = self.log.operations
         if position >= len(operations):
             box = self._living_box()
             if position > len(operations):
                 expected = f"expected {len(operations)} or less; the calls before it were refused, make them again"
                 raise SandboxError(f"call {position} of box {self.log.folder.name}: {expected}")
             target_of(box, request)
-            operation = self._intend(request, req_hash, op_id, idempotent or KINDS[request.kind].idempotent)
+            operation = self._intend(request, op_id, idempotent or KINDS[request.kind].idempotent)
             self._start(operation, self._execute(box, operation, request))
             return operation
         operation = operations[position]
-        if operation.req_hash != req_hash:
+        logged = Request(operation.kind, self.log.record(operation.seq).data["request"])
+        if logged.digest() != request.digest():
             raise Diverged(operation.seq, str(self.request(operation)), str(request))
         if operation.result is None and operation.seq not in self._running:
             self._start(operation, self._settle(operation, request))
@@ -146,16 +158,10 @@ class Recorder:
             raise SandboxLost(f"box {self.log.folder.name} is gone: {cause}")
         return self.box
 
-    def _intend(self, request: Request, req_hash: str, op_id: str, idempotent: bool) -> Operation:
+    def _intend(self, request: Request, op_id: str, idempotent: bool) -> Operation:
         self.log.append(
             RecordKind.INTENT,
-            {
-                "op_id": op_id,
-                "kind": request.kind,
-                "req_hash": req_hash,
-                "idempotent": idempotent,
-                "request": request.arguments,
-            },
+            {"op_id": op_id, "kind": request.kind, "idempotent": idempotent, "request": request.arguments},
             # A host that goes down takes the box along: nobody will ask whether this was begun there.
             sync=False,
         )
@@ -178,7 +184,7 @@ class Recorder:
         if operation.seq in self._unrecorded:
             return self._finish(operation, self._unrecorded[operation.seq])
         box = None if self.log.ended else self.box
-        if isinstance(box, Remembers):
+        if remembers(box):
             with contextlib.suppress(KeyError, SandboxLost):
                 outcome = await _caught(recall(box, request, operation.op_id))
                 return await self._acknowledged(box, operation, outcome)
@@ -200,7 +206,7 @@ class Recorder:
                 self._finish(operation, outcome_of(kind.answer(target_of(box, request), killed, operation.op_id)))
             raise
         self._crash_at("effect", request.kind)
-        if isinstance(box, Remembers) and not kind.idempotent:
+        if not kind.idempotent and remembers(box):
             return await self._acknowledged(box, operation, outcome)
         return self._finish(operation, outcome)
 

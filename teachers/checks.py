@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from posttrain.conversation.chat import ChatFormat
@@ -21,7 +20,7 @@ from posttrain.divergence import reverse_kl_sum
 from posttrain.errors import RecipeError
 from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
-from posttrain.types import IntArray, Sample
+from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 from teachers.cache import MemoryStore
 from teachers.pool import TeacherPool
 
@@ -191,7 +190,7 @@ def _own_states(teacher: Teacher, samples: Sequence[Sample], device: str) -> tup
     """States that predict the samples' loss tokens, in the teacher's own precision and one by one, and its head."""
     model = teacher.load(device)
     try:
-        states = [model.hidden_states([sample.token_ids])[0][:-1] for sample in samples]
+        states = [model.hidden_states([sample.load().token_ids])[0][:-1] for sample in samples]
         return torch.cat(states), model.head
     finally:
         model.close()
@@ -205,10 +204,7 @@ def _probe_sample(teacher: str, index: int, token_ids: IntArray) -> Sample:
         id=f"probe-{teacher}-{index}",
         task_id="probe",
         domain=teacher,
-        token_ids=np.asarray(token_ids, dtype=np.int32),
-        loss_mask=np.arange(len(token_ids)) > 0,
-        logprobs=np.zeros(len(token_ids), dtype=np.float32),
-        versions=np.zeros(len(token_ids), dtype=np.int32),
+        tokens=Tokens.of(TokenArrays.unsampled(token_ids)),
         teacher=teacher,
     )
 

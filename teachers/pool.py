@@ -167,10 +167,11 @@ class TeacherPool:
 
     def _run(self, model: TeacherModel, samples: Sequence[Sample], store: StateStore) -> None:
         for batch in length_batches([len(sample) for sample in samples], max_tokens=MAX_BATCH_TOKENS):
-            states = model.hidden_states([samples[index].token_ids for index in batch])
-            for index, states_TE in zip(batch, states, strict=True):
+            arrays = [samples[index].load() for index in batch]
+            states = model.hidden_states([each.token_ids for each in arrays])
+            for index, each, states_TE in zip(batch, arrays, states, strict=True):
                 sample = samples[index]
-                predicting = torch.from_numpy(np.flatnonzero(sample.loss_mask) - 1)
+                predicting = torch.from_numpy(np.flatnonzero(each.loss_mask) - 1)
                 kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
                 store.put(sample.id, kept_LE)
                 self._stats.bytes_cached += kept_LE.nbytes

@@ -121,7 +121,7 @@ class CausalTeacher:
         for batch in length_batches(lengths, max_tokens=MAX_BATCH_TOKENS):
             ids_BT = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
             for row, index in enumerate(batch):
-                ids_BT[row, : lengths[index]] = torch.as_tensor(sequences[index])
+                ids_BT[row, : lengths[index]] = torch.tensor(sequences[index])
             hidden_BTE = _body(self._model)(input_ids=ids_BT.to(self._device), use_cache=False).last_hidden_state
             for row, index in enumerate(batch):
                 # A copy, so that a caller who keeps one sequence does not keep the whole batch.

@@ -38,7 +38,7 @@ from posttrain.runs.progress import Progress
 from posttrain.runs.rundir import RunDir
 from posttrain.stages.session import Session
 from posttrain.tasks import DatasetTasks
-from posttrain.types import Group, Request, Rollout, Sample, Sampling, SandboxSpec, Score, Task
+from posttrain.types import Group, Request, Rollout, Sampling, SandboxSpec, Score, Task, TokenArrays
 from sandbox.process import Process
 from teachers.sources import HFTeacher
 from tests.test_posttrain_chat import FORGETFUL
@@ -161,11 +161,24 @@ def test_a_prompt_beyond_the_models_own_window_is_refused(recipe, tiny_model):
         check_recipe(with_vowels(recipe, tasks=long, max_sequence_tokens=2 * window))
 
 
+def test_vllm_is_asked_for_only_where_it_can_do_what_the_recipe_wants(recipe, monkeypatch):
+    asked = recipe.replace(workers=Workers(engine="vllm"))
+    with pytest.raises(RecipeError, match=r"vLLM is missing; pip install 'posttrain\[vllm\]'"):
+        check_recipe(asked)
+    monkeypatch.setattr("posttrain.preflight.importlib.util.find_spec", lambda name: object())
+    mixed = with_vowels(asked, sampling=Sampling(top_k=5, max_tokens=4))
+    with pytest.raises(RecipeError, match=r"domains\.digits\.sampling\.top_k = 0"):
+        check_recipe(mixed)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sampling": Sampling(temperature=0)}, r"domains\.vowels\.sampling has temperature = 0"),
-        ({"sampling": Sampling(top_p=0.9)}, r"top_p = 0\.9.*expected for grpo.*no truncation"),
+        (
+            {"sampling": Sampling(top_p=0.9), "grpo": GRPO(keep_sampling_mask=False)},
+            r"top_p = 0\.9.*keep_sampling_mask is off",
+        ),
         ({"sft": SFT(max_length=3)}, r"domains\.vowels\.sft: demonstration 0 has \d+ tokens but max_length = 3"),
         ({"tasks": GivenTasks((task("a"),), (task("b"),))}, r"domains\.vowels\.sft: demonstrations is empty"),
     ],
@@ -280,7 +293,7 @@ def test_a_mask_of_the_wrong_length_is_never_padded(name):
     }
     arrays[name] = arrays[name][:2]
     with pytest.raises(ValueError, match=f"{name} has 2 entries for 3 tokens"):
-        Sample(id="s", task_id="t", domain="d", token_ids=np.arange(3, dtype=np.int32), **arrays)
+        TokenArrays(token_ids=np.arange(3, dtype=np.int32), **arrays)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -22,9 +23,10 @@ from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.engine.weights import export_weights, import_weights
 from posttrain.models import load_model
 from posttrain.protocols import Sandbox
-from posttrain.rollout.actors import RolloutService, Weights, WorkerSpec, ray_session
+from posttrain.rollout.actors import EngineActor, Weights, WorkerSpec
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play, Player
+from posttrain.rollout.service import RolloutService, ray_session
 from posttrain.types import Group, Message, Sampling, StopReason, Task
 from tests.tiny_models import save_tiny_model, tiny_chat
 
@@ -71,23 +73,46 @@ class Deadly:
         raise AssertionError("not reached")
 
 
-def jobs(environment: Any, *, count: int = 2, name: str = "a") -> list[GroupJob]:
+_calls = itertools.count()
+
+
+def jobs(environment: Any, *, count: int = 2, name: str = "") -> list[GroupJob]:
+    """Jobs that nobody has played before, unless they are given a name."""
+    name = name or f"fresh{next(_calls)}"
     play = Play(environment=environment, reward=None, sampling=Sampling(max_tokens=12), max_sequence_tokens=64)
     tasks = [Task(id=f"t{i}", domain="d", prompt=({"role": "user", "content": f"q{i}"},)) for i in range(count)]
     return [GroupJob(id=f"{name}/{i}", task=task, num_rollouts=3, play=play, seed=1) for i, task in enumerate(tasks)]
 
 
 def tokens_and_logprobs(groups: list[Group]) -> list[Any]:
-    return [(r.id, r.token_ids.tolist(), r.logprobs[r.loss_mask].tolist()) for g in groups for r in g.rollouts]
+    arrays = [(r.id, r.tokens.load()) for g in groups for r in g.rollouts]
+    return [(name, a.token_ids.tolist(), a.logprobs[a.loss_mask].tolist()) for name, a in arrays]
 
 
-def process_of(service: RolloutService) -> int:
-    return ray.get(service._actors[0].__ray_call__.remote(lambda worker: os.getpid()))
+def check_same(groups: list[Group], expected: list[Group]) -> None:
+    """The same tokens and log-probabilities, to the last bit."""
+    for (name, tokens, logprobs), (other, wanted, likely) in zip(
+        tokens_and_logprobs(groups), tokens_and_logprobs(expected), strict=True
+    ):
+        assert (name, tokens) == (other, wanted)
+        assert logprobs == likely
+
+
+def versions_of(groups: list[Group]) -> set[int]:
+    arrays = [r.tokens.load() for g in groups for r in g.rollouts]
+    return set(np.concatenate([a.versions[a.loss_mask] for a in arrays]).tolist())
+
+
+def process_of(actor: Any) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 @pytest.fixture(scope="module")
-def service(tiny_model: str) -> Iterator[RolloutService]:
-    spec = WorkerSpec(model_path=tiny_model, dtype="float32", max_length=64, workers=WORKERS, substrate=None)
+def service(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutService]:
+    folder = tmp_path_factory.mktemp("rollouts")
+    spec = WorkerSpec(
+        model_path=tiny_model, dtype="float32", max_length=64, workers=WORKERS, substrate=None, folder=folder
+    )
     with ray_session(WORKERS), RolloutService(spec) as service:
         yield service
 
@@ -97,6 +122,11 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """Weights of a model that the workers were not started with."""
     model = load_model(save_tiny_model(tmp_path_factory.mktemp("other"), seed=1), torch.float32)
     return export_weights(model.named_parameters(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base_weights(tiny_model: str) -> Weights:
+    return export_weights(load_model(tiny_model, torch.float32).named_parameters(), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +145,30 @@ def play_here(tiny_model: str, other_weights: Weights) -> Callable[[list[GroupJo
     return play
 
 
-def test_weights_arrive_bit_for_bit_and_their_version_is_on_every_token(service, other_weights, play_here):
-    before = service.play(jobs(SingleTurn()))
+def test_weights_arrive_bit_for_bit_and_their_version_is_on_every_token(
+    service, base_weights, other_weights, play_here
+):
+    service.load_weights(base_weights, 0)
+    before = service.play(jobs(SingleTurn(), name="first"))
     service.load_weights(other_weights, 7)
-    after = service.play(jobs(SingleTurn()))
+    after = service.play(jobs(SingleTurn(), name="second"))
     for groups, version in ((before, 0), (after, 7)):
-        for rollout in (r for g in groups for r in g.rollouts):
-            assert set(rollout.versions[rollout.loss_mask].tolist()) == {version}
+        assert versions_of(groups) == {version}
     # One flipped bit anywhere would move some log-probability of a forward pass through all the weights.
-    assert tokens_and_logprobs(after) == tokens_and_logprobs(play_here(jobs(SingleTurn())))
-    assert tokens_and_logprobs(after) != tokens_and_logprobs(before)
+    assert tokens_and_logprobs(after) == tokens_and_logprobs(play_here(jobs(SingleTurn(), name="second")))
+    assert [t for _, *t in tokens_and_logprobs(after)] != [t for _, *t in tokens_and_logprobs(before)]
+
+
+def test_weights_that_arrive_after_later_ones_are_left_out(service, base_weights, other_weights):
+    """As when an engine is replaced while a step is learned: both snapshots wait for it to start."""
+    actor = ray.remote(EngineActor).options(num_cpus=0).remote(service._spec, 7, awaits_weights=True)
+    try:
+        ray.get([actor.load_weights.remote(weights, version, False, version) for weights, version in (
+            (other_weights, 8), (base_weights, 7), (base_weights, 6)
+        )])  # fmt: skip
+        assert ray.get(actor.__ray_call__.remote(lambda engine: engine._engines[False].version)) == 8
+    finally:
+        ray.kill(actor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,26 +181,34 @@ def test_every_bit_of_a_tensor_survives_the_object_store(service, dtype):
 
 
 def test_groups_come_back_in_the_order_of_the_jobs(service):
-    groups = service.play(jobs(SingleTurn(), count=5))
+    groups = service.play(jobs(SingleTurn(), count=5, name="a"))
     assert [g.task.id for g in groups] == [f"t{i}" for i in range(5)]
     assert [[r.id for r in g.rollouts] for g in groups] == [[f"a/{i}/{k}" for k in range(3)] for i in range(5)]
 
 
 def test_a_worker_killed_while_it_plays_is_replaced_and_changes_nothing(service, other_weights, play_here, tmp_path):
     service.load_weights(other_weights, 7)
-    victim = process_of(service)
-    counted = service.counters.actors_replaced, service.counters.jobs_replayed
+    victim, engine = process_of(service._players[0].actor), process_of(service._engines[0].actor)
+    service.take_counters()
     killed = threading.Thread(target=kill_when_named, args=(tmp_path,))
     killed.start()
-    groups = service.play(jobs(WaitsForDeath(tmp_path)))
+    groups = service.play(jobs(WaitsForDeath(tmp_path), name="killed"))
     killed.join()
-    assert int((tmp_path / "pid").read_text()) == victim != process_of(service)
-    assert service.counters.actors_replaced - counted[0] == 1
-    assert service.counters.jobs_replayed - counted[1] == 2
+    assert int((tmp_path / "pid").read_text()) == victim != process_of(service._players[0].actor)
+    assert engine == process_of(service._engines[0].actor)
+    counted = service.take_counters()
+    assert (counted["workers_replaced"], counted["engines_replaced"], counted["jobs_resubmitted"]) == (1, 0, 2)
     assert {r.stop for g in groups for r in g.rollouts} <= {StopReason.FINISHED, StopReason.LENGTH}
-    assert tokens_and_logprobs(groups) == tokens_and_logprobs(play_here(jobs(SingleTurn())))
-    versions = np.concatenate([r.versions[r.loss_mask] for g in groups for r in g.rollouts])
-    assert set(versions.tolist()) == {7}
+    check_same(groups, play_here(jobs(SingleTurn(), name="killed")))
+    assert versions_of(groups) == {7}
+    drawn = sum(r.num_generated for g in groups for r in g.rollouts)
+    assert counted["decode_tokens"] == drawn, "what the dead worker had asked for was not drawn again"
+
+
+def duplicates_in_the_journal(service: RolloutService) -> int:
+    return ray.get(
+        service._engines[0].actor.__ray_call__.remote(lambda engine: engine._engines[False]._journal.duplicates)
+    )
 
 
 def kill_when_named(folder: Path) -> None:
@@ -175,21 +227,79 @@ def test_an_environment_that_hangs_ends_at_its_deadline(service, tmp_path):
     assert not any(r.failed for r in again[0].rollouts)
 
 
-def test_a_worker_whose_engine_has_stopped_is_replaced(service, other_weights):
-    victim = process_of(service)
-    ray.get(service._actors[0].__ray_call__.remote(lambda worker: worker._engine.close()))
+def test_an_engine_that_has_stopped_is_replaced(service, other_weights):
+    actor = service._engines[0].actor
+    victim = process_of(actor)
+    ray.get(actor.__ray_call__.remote(lambda engine: engine._engines[False].close()))
     service.load_weights(other_weights, 9)
-    assert process_of(service) != victim
-    [group] = service.play(jobs(SingleTurn(), count=1))
-    assert set(group.rollouts[0].versions.tolist()) == {-1, 9}
+    assert process_of(service._engines[0].actor) != victim
+    assert versions_of(service.play(jobs(SingleTurn(), count=1))) == {9}
     with pytest.raises(ray.exceptions.RayTaskError, match="unknown tensors"):
         service.load_weights({**other_weights, "no_such_weight": next(iter(other_weights.values()))}, 10)
     service.load_weights(other_weights, 11)
 
 
-def test_work_that_kills_every_worker_ends_with_a_message_and_a_living_worker(service, other_weights):
+def test_an_engine_killed_in_mid_generation_draws_no_token_twice(service, other_weights, play_here):
+    service.load_weights(other_weights, 12)
+    service.take_counters()
+    asked = jobs(SingleTurn(), count=40, name="engine-killed")
+    service.submit(asked)
+    actor, victim = service._engines[0].actor, process_of(service._engines[0].actor)
+    while ray.get(actor.counters.remote())["decode_steps"] < 5:
+        time.sleep(0.001)
+    os.kill(victim, signal.SIGKILL)
+    groups = {}
+    while len(groups) < len(asked):
+        groups.update((job.id, group) for job, group in service.collect())
+    assert service.take_counters()["engines_replaced"] == 1
+    assert process_of(service._engines[0].actor) != victim
+    check_same([groups[job.id] for job in asked], play_here(asked))
+    assert duplicates_in_the_journal(service) == 0
+
+
+def test_a_driver_that_was_long_away_replaces_nobody(service, other_weights):
     service.load_weights(other_weights, 8)
-    with pytest.raises(RuntimeError, match="died or hung 2 times on the same 1 groups"):
-        service.play(jobs(Deadly(), count=1))
-    [group] = service.play(jobs(SingleTurn(), count=1))
-    assert set(group.rollouts[0].versions.tolist()) == {-1, 8}
+    service.play(jobs(SingleTurn(), count=1))
+    service.take_counters()
+    for _ in range(3):
+        service._looked_at -= 10_000
+        for member in (*service._engines, *service._players):
+            member.moved_at -= 10_000
+        service.collect()
+    counted = service.take_counters()
+    assert (counted["engines_replaced"], counted["workers_replaced"]) == (0, 0)
+
+
+def test_work_that_kills_its_worker_ends_as_a_failed_group_and_takes_nothing_along(service, other_weights):
+    service.load_weights(other_weights, 8)
+    [deadly] = jobs(Deadly(), count=1)
+    others = jobs(SingleTurn(), count=3)
+    *groups, failed = service.play([*others, deadly])
+    assert {r.stop for r in failed.rollouts} == {StopReason.ERROR}
+    assert "its worker was lost 3 times" in str(failed.rollouts[0].error)
+    assert not any(r.failed for g in groups for r in g.rollouts)
+    assert versions_of(groups) == {8}
+    assert service.take_counters()["jobs_given_up"] == 1
+
+
+def test_actors_that_hang_are_replaced_and_what_they_had_goes_on(tiny_model, other_weights, play_here, tmp_path):
+    # The other tests have a service of their own, which holds a core.
+    workers = WORKERS.replace(num_actors=2, hang_timeout_s=3.0, cpus_per_actor=0.25)
+    spec = WorkerSpec(
+        model_path=tiny_model, dtype="float32", max_length=64, workers=workers, substrate=None, folder=tmp_path
+    )
+    asked = jobs(SingleTurn(), count=30, name="hung")
+    with ray_session(workers), RolloutService(spec) as service:
+        service.load_weights(other_weights, 5)
+        engine, player = service._engines[0].actor, service._players[1].actor
+        victims = process_of(engine), process_of(player)
+        service.play(jobs(SingleTurn(), count=2))
+        service.submit(asked)
+        for victim in victims:
+            os.kill(victim, signal.SIGSTOP)
+        groups: dict[str, Group] = {}
+        while len(groups) < len(asked):
+            groups.update((job.id, group) for job, group in service.collect())
+        counted = service.take_counters()
+    assert (counted["engines_replaced"], counted["workers_replaced"]) == (1, 1)
+    check_same([groups[job.id] for job in asked], play_here(asked))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from posttrain.engine.decode_batch import DecodeBatch, Generation
 from posttrain.engine.sampler import draw, stream_key, uniforms
 from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.engine.weights import export_weights, import_weights
@@ -136,26 +135,6 @@ def test_load_weights_changes_version_and_logprobs(engine):
     completion = run(engine, [request("r", [1, 2, 3], max_tokens=10)])[0]
     np.testing.assert_allclose(completion.logprobs, plain_logprobs(other, [1, 2, 3], completion), atol=1e-4)
     assert set(completion.versions.tolist()) == {3}
-
-
-def test_weights_arriving_in_mid_generation_keep_the_tokens():
-    batch = DecodeBatch(tiny_llama(), stop_ids=[], max_length=512, version=0)
-    early = Generation(request("early", [1, 2, 3]), room=10)
-    late = Generation(request("late", [1, 2, 3]), room=6)
-    other = tiny_llama(seed=1)
-    with torch.inference_mode():
-        batch.admit([early])
-        for _ in range(4):
-            batch.step()
-        before = list(early.token_ids)
-        batch.load_weights(dict(other.named_parameters()), 1)
-        batch.admit([late])
-        finished = [row for _ in range(6) for row in batch.step()]
-    assert [row.request.id for row in finished] == ["early", "late"]
-    assert early.token_ids[:4] == before
-    assert early.versions == [0] * 4 + [1] * 6
-    # The prompt they share was computed by older weights, so the newcomer must not take its states.
-    np.testing.assert_allclose(late.logprobs, plain_logprobs(other, [1, 2, 3], late.completion()), atol=1e-4)
 
 
 def test_load_weights_refuses_what_does_not_fit_and_goes_on(engine):

@@ -32,8 +32,9 @@ from posttrain.learner.checkpoint import latest_checkpoint, load_checkpoint, sav
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import DistillObjective, GrpoObjective
 from posttrain.learner.packing import PackedBatch
+from posttrain.learner.policy import Policy
 from posttrain.protocols import OpenTeachers, Teacher
-from posttrain.types import Sample
+from posttrain.types import Sample, TokenArrays, Tokens
 
 VOCABULARY = 60
 
@@ -56,14 +57,14 @@ def tiny_llama(*, seed: int = 0, width: int = 32, tied: bool = True) -> LlamaFor
 
 def token_ids(sample: Sample, model: PreTrainedModel) -> torch.Tensor:
     """[1, T], where the model is: a learner takes its model to the GPU if there is one."""
-    return torch.tensor(sample.token_ids[None].astype(np.int64), device=model.device)
+    return torch.tensor(sample.load().token_ids[None].astype(np.int64), device=model.device)
 
 
 def token_logprobs(model: PreTrainedModel, sample: Sample) -> torch.Tensor:
     """The obvious way: all logits of one unpadded sequence."""
     ids = token_ids(sample, model)
     logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-    return logprobs[torch.tensor(sample.loss_mask[1:])]
+    return logprobs[torch.tensor(sample.load().loss_mask[1:])]
 
 
 def make_samples(
@@ -75,21 +76,23 @@ def make_samples(
     for index in range(count):
         length = int(rng.integers(6, 24))
         mask = np.arange(length) >= 3
-        sample = Sample(
-            id=f"sample-{index}",
-            task_id=f"task-{index}",
-            domain=("math", "code")[index % 2],
+        arrays = TokenArrays(
             token_ids=rng.integers(0, VOCABULARY, length).astype(np.int32),
             loss_mask=mask,
             logprobs=np.full(length, np.nan, np.float32),
             versions=np.where(mask, 0, -1).astype(np.int32),
+        )
+        sample = Sample(
+            id=f"sample-{index}",
+            task_id=f"task-{index}",
+            domain=("math", "code")[index % 2],
+            tokens=Tokens.of(arrays),
             advantage=(1.0, -0.5)[index % 2],
             teacher=teachers[index % len(teachers)],
         )
-        logprobs = sample.logprobs.copy()
         with torch.no_grad():
-            logprobs[mask] = token_logprobs(model, sample).numpy()
-        samples.append(replace(sample, logprobs=logprobs))
+            arrays.logprobs[mask] = token_logprobs(model, sample).numpy()
+        samples.append(sample)
     return samples
 
 
@@ -150,9 +153,9 @@ def distill_objective(samples: list[Sample], teachers: dict[str, PreTrainedModel
     store = DictStore()
     for sample in samples:
         assert sample.teacher is not None
-        ids = torch.tensor(sample.token_ids[None].astype(np.int64))
+        ids = token_ids(sample, teachers[sample.teacher])
         hidden_TD = teachers[sample.teacher].get_decoder()(ids).last_hidden_state[0]
-        store.put(sample.id, hidden_TD[:-1][torch.tensor(sample.loss_mask[1:])])
+        store.put(sample.id, hidden_TD[:-1][torch.tensor(sample.load().loss_mask[1:])])
     heads = {name: teacher.lm_head.weight.detach() for name, teacher in teachers.items()}
     config = Distill(teachers=NoLibrary(), loss_chunk_tokens=16)
     return DistillObjective(config=config, states=store, head_of=heads.__getitem__)
@@ -196,6 +199,34 @@ def test_a_step_does_not_depend_on_the_token_budget(loss_type: str) -> None:
             assert second[name] == pytest.approx(results[0][1][name], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_activations_of_a_sample_beyond_the_budget_are_computed_twice_not_kept(lora: Lora | None) -> None:
+    samples = make_samples(tiny_llama(), count=1)
+    size = len(samples[0])
+    plain = make_learner(tiny_llama(), budget=size, lora=lora)
+    twice = make_learner(tiny_llama(), budget=size - 1, lora=lora)
+    batch = PackedBatch.collate(samples).to(plain.device)
+    assert numbers_kept(twice._policy, batch, recompute=True) < numbers_kept(plain._policy, batch, recompute=False) / 3
+    for _ in range(2):
+        expected, found = (learner.update(samples, grpo()) for learner in (plain, twice))
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert numbers_kept(twice._policy, batch, recompute=False) == numbers_kept(plain._policy, batch, recompute=False)
+
+
+def numbers_kept(policy: Policy, batch: PackedBatch, *, recompute: bool) -> int:
+    """Elements of all tensors that a forward pass keeps for the backward pass."""
+    kept: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        policy.forward(batch, recompute=recompute)
+    return sum(kept)
+
+
 def test_grpo_raises_the_good_and_lowers_the_bad() -> None:
     model = tiny_llama()
     samples = make_samples(model)
@@ -203,9 +234,8 @@ def test_grpo_raises_the_good_and_lowers_the_bad() -> None:
     for _ in range(3):  # the first step of the warm-up has learning rate 0
         learner.update(samples, grpo())
     after = make_samples(model)
-    change = [
-        b.logprobs[b.loss_mask].sum() - a.logprobs[a.loss_mask].sum() for a, b in zip(samples, after, strict=True)
-    ]
+    sums_before, sums_after = ([np.nansum(sample.load().logprobs) for sample in each] for each in (samples, after))
+    change = np.subtract(sums_after, sums_before)
     assert min(change[0::2]) > 0
     assert np.mean(change[1::2]) < 0
 
@@ -237,7 +267,7 @@ def test_distillation_approaches_teachers_of_another_width() -> None:
 
 def slow_kl(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample) -> torch.Tensor:
     p, q = (model(token_ids(sample, model)).logits[0, :-1].log_softmax(-1).cpu() for model in (student, teacher))
-    return (p.exp() * (p - q)).sum(-1)[torch.tensor(sample.loss_mask[1:])]
+    return (p.exp() * (p - q)).sum(-1)[torch.tensor(sample.load().loss_mask[1:])]
 
 
 def test_distillation_weighs_each_sample_by_its_teacher() -> None:
@@ -294,7 +324,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     for name, tensor in learner.weights(torch.float32).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     assert np.isfinite(learner.update(samples, grpo())["loss"])
-    silent = [replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples]
+    silent = [replace(sample, silent=True) for sample in samples]
     with pytest.raises(ValueError, match="none of the 12 samples"):
         learner.update(silent, grpo())
 

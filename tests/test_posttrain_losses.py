@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -343,6 +345,62 @@ def test_chunked_logprobs_pass_gradcheck():
     )
 
 
+def kept_problem(counts, targets):
+    """Random kept ids, 0 to all of the vocabulary of 23 per token, the target among them where there are some."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for count, target in zip(counts, targets.tolist(), strict=True):
+        others = [token for token in rng.permutation(23).tolist() if token != target]
+        rows.append([*others[: count - 1], target] if count else [])
+    offsets = np.cumsum([0, *counts])
+    return {
+        "kept_ids_K": torch.tensor([token for row in rows for token in row], dtype=torch.int32),
+        "kept_offsets_N1": torch.from_numpy(offsets),
+    }
+
+
+def masked_reference(hidden, head, targets, kept, temperature):
+    """A plain masked softmax, with minus infinity."""
+    logits = hidden @ head.T / temperature
+    mask = torch.ones_like(logits, dtype=torch.bool)
+    bounds = kept["kept_offsets_N1"].tolist()
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        if stop > start:
+            mask[row] = False
+            mask[row, kept["kept_ids_K"][start:stop].long()] = True
+    logp = logits.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    plogp = logp.exp() * logp.masked_fill(~mask, 0)
+    return logp.gather(-1, targets[:, None]).squeeze(-1), -plogp.sum(-1)
+
+
+KEPT_COUNTS = [0, 3, 1, 23, 5, 0, 0, 0, 0, 2, 7]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 11, 64])
+def test_kept_tokens_equal_a_plain_masked_softmax_in_value_and_gradient(chunk_tokens):
+    weights = torch.linspace(-1, 2, 11).double(), torch.linspace(0.5, -0.3, 11).double()
+    results = []
+    for function in (
+        lambda h, w, y, kept: token_logprobs(h, w, y, temperature=0.7, chunk_tokens=chunk_tokens, **kept),
+        lambda h, w, y, kept: masked_reference(h, w, y, kept, 0.7),
+    ):
+        hidden, head, targets = head_problem(11, torch.float64)
+        logprobs, entropy = function(hidden, head, targets, kept_problem(KEPT_COUNTS, targets))
+        ((logprobs * weights[0]).sum() + (entropy * weights[1]).sum()).backward()
+        results.append((logprobs, entropy, hidden.grad, head.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert results[0][0][2] == 0, "the only token that could be drawn is certain"
+
+
+def test_kept_tokens_pass_gradcheck():
+    hidden, head, targets = head_problem(5, torch.float64)
+    kept = kept_problem([2, 0, 9, 23, 1], targets)
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logprobs(h, w, targets, temperature=0.7, chunk_tokens=2, **kept), (hidden, head)
+    )
+
+
 def test_bfloat16_head_gradient_is_summed_in_float32():
     """600 equal small terms after a large one: summed in bfloat16 they would be lost."""
     hidden, head = torch.full((601, 8), 2.0**-9, dtype=torch.bfloat16), torch.zeros(23, 8, requires_grad=True)
@@ -379,13 +437,16 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_tokens_times_vocabulary_exists():
+@pytest.mark.parametrize("count", [0, 3])
+def test_no_tensor_of_tokens_times_vocabulary_exists(count):
     tokens, vocabulary, width, chunk = 256, 500, 4, 16
     hidden, head = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    kept = {"kept_ids_K": torch.arange(count).repeat(tokens), "kept_offsets_N1": torch.arange(tokens + 1) * count}
     saved: list[int] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
     with LargestTensor() as seen, hooks:
-        logprobs, entropy = token_logprobs(hidden, head, torch.zeros(tokens, dtype=torch.int64), chunk_tokens=chunk)
+        targets = torch.zeros(tokens, dtype=torch.int64)
+        logprobs, entropy = token_logprobs(hidden, head, targets, chunk_tokens=chunk, **kept)
         (logprobs + entropy).sum().backward()
     assert seen.numel == chunk * vocabulary
     assert max(saved) == head.numel()
@@ -408,3 +469,5 @@ def test_bad_head_arguments_are_refused():
         token_logprobs(hidden, head, targets[:-1])
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(hidden, head, targets, temperature=0.0)
+    with pytest.raises(ValueError, match="11 kept offsets for 11 tokens"):
+        token_logprobs(hidden, head, targets, kept_ids_K=targets, kept_offsets_N1=targets)

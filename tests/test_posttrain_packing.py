@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import packed_attention, use_packed_attention
 from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
-from posttrain.types import Sample
+from posttrain.types import Sample, TokenArrays, Tokens
 
 SIZES = {
     "vocab_size": 50,
@@ -30,16 +34,14 @@ def sample(name: str, length: int, *, teacher: str | None = None, seed: int = 0)
     rng = np.random.default_rng([seed, length])
     mask = rng.random(length) < 0.6
     mask[0] = False
-    return Sample(
-        id=name,
-        task_id=name,
-        domain="math",
+    arrays = TokenArrays(
         token_ids=rng.integers(0, 50, length).astype(np.int32),
         loss_mask=mask,
         logprobs=np.where(mask, -rng.random(length), np.nan).astype(np.float32),
         versions=np.zeros(length, np.int32),
-        advantage=float(length),
-        teacher=teacher,
+    )
+    return Sample(
+        id=name, task_id=name, domain="math", tokens=Tokens.of(arrays), advantage=float(length), teacher=teacher
     )
 
 
@@ -68,9 +70,22 @@ def test_plan_keeps_every_sample_once_within_the_budget(
     names = [members[0].teacher or "" for members in plan]
     assert names == sorted(names)
     assert plan == plan_micro_batches(samples[::-1], budget)
-    # First-fit leaves at most one micro-batch per teacher half empty.
+    # Best-fit leaves at most one micro-batch per teacher half empty.
     half_empty = [members for members in plan if sum(map(len, members)) * 2 <= budget]
     assert len(half_empty) <= len(set(names))
+
+
+def test_a_plan_of_many_samples_is_quick_and_tight_and_reads_no_arrays() -> None:
+    lengths = np.random.default_rng(0).integers(1, 4096, 30_000).tolist()
+    light = Tokens(num_tokens=1, num_loss_tokens=1, version_range=(0, 0), source=None)
+    samples = [
+        Sample(id=f"s{i}", task_id="t", domain="d", tokens=replace(light, num_tokens=n)) for i, n in enumerate(lengths)
+    ]
+    started = time.perf_counter()
+    plan = plan_micro_batches(samples, 8192)
+    # Looking at every micro-batch for every sample takes tens of seconds.
+    assert time.perf_counter() - started < 3
+    assert fill(plan, 8192) > 0.99
 
 
 def test_collate_points_each_loss_token_at_its_predecessor() -> None:
@@ -80,10 +95,10 @@ def test_collate_points_each_loss_token_at_its_predecessor() -> None:
     assert batch.position_ids.tolist() == [*range(9), *range(5), *range(5)]
     assert batch.segment_lengths == (9, 5, 5)
     expected = [
-        (start + t - 1, int(s.token_ids[t]), float(s.logprobs[t]), index)
-        for index, (s, start) in enumerate(zip(samples, (0, 9, 14), strict=True))
-        for t in range(len(s))
-        if s.loss_mask[t]
+        (start + t - 1, int(arrays.token_ids[t]), float(arrays.logprobs[t]), index)
+        for index, (arrays, start) in enumerate(zip([s.load() for s in samples], (0, 9, 14), strict=True))
+        for t in range(len(arrays))
+        if arrays.loss_mask[t]
     ]
     found = zip(
         batch.loss_positions.tolist(),
@@ -106,7 +121,7 @@ def test_packed_states_and_gradients_equal_those_of_each_sample_alone(kind: str)
     batch = PackedBatch.collate(samples)
     direction = torch.randn(len(batch.token_ids), 32, generator=torch.Generator().manual_seed(1))
 
-    states = [alone.get_decoder()(torch.tensor(s.token_ids[None])).last_hidden_state[0] for s in samples]
+    states = [alone.get_decoder()(torch.tensor(s.load().token_ids[None])).last_hidden_state[0] for s in samples]
     row = packed.get_decoder()(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
@@ -121,6 +136,25 @@ def test_packed_states_and_gradients_equal_those_of_each_sample_alone(kind: str)
         alone.get_decoder().named_parameters(), packed.get_decoder().parameters(), strict=True
     ):
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_key_heads", [4, 2])
+def test_attention_over_a_long_segment_has_no_square_matrix(num_key_heads: int, dtype: torch.dtype) -> None:
+    query = torch.randn(1, 4, 8192, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(1, num_key_heads, 8192, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+    before = memory_peak()
+    output, _ = packed_attention(torch.nn.Identity(), query, key, value, None)
+    output.float().square().sum().backward()
+    assert key.grad is not None
+    # One matrix of 8192 x 8192 truth values is 64 MiB; one of scores is four times that a head.
+    assert memory_peak() - before < 48 << 20
+
+
+def memory_peak() -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
 
 
 def test_packed_attention_refuses_what_it_does_not_compute() -> None:

@@ -24,6 +24,16 @@ place, so only the beginning of the second says that the first is whole."""
 TIMES = {"time", "tokens_per_s", "teacher/load_wait_s"}
 LOADS = {"teacher/teacher_loads", "teacher/head_loads"}
 """What a step really loaded: a new process has no teacher in memory yet."""
+WORK = {
+    "decode_steps",
+    "decode_tokens",
+    "prefill_tokens",
+    "reused_tokens",
+    "recomputed_tokens",
+    "resumed_tokens",
+    "resumed_rollouts",
+}
+"""What a step really computed: a new process finds some of it done, and how requests meet in a step is chance."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -78,9 +88,53 @@ def kill_at(process: subprocess.Popen[str], stage: Path, sign: str) -> None:
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in TIMES | LOADS} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES | LOADS | WORK} for line in lines]
 
 
 def rollouts_of(stage: Path) -> list[dict[str, Any]]:
     lines = map(json.loads, (stage / "rollouts.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name != "wall_s"} for line in lines]
+
+
+def test_a_run_ahead_of_its_learner_trains_on_every_group_once_over_a_kill(start_mini, tmp_path):
+    run_dir, ahead = tmp_path / "run", ("--set", "domains.*.grpo.max_staleness=1")
+    stage = run_dir / "stages" / "grpo-vowels"
+    kill_at(start_mini(run_dir, *ahead), stage, "checkpoints/step-00000[2-9]")
+    saved = json.loads(max(stage.glob("checkpoints/step-*/checkpoint.json")).read_text())["caller"]
+    assert len(saved["pending"]) == 2 * 2, "two steps of two groups are under way or waiting at any time"
+    process = start_mini(run_dir, *ahead, "--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    lines = [line for line in metrics_of(run_dir) if line["stage"] == "grpo-vowels"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    # A step's groups began at most two steps before: one ahead, and one while the step before was learned.
+    assert 1 <= max(line["max_staleness"] for line in lines) <= 2
+    rollouts = [json.loads(line) for line in (stage / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == len({rollout["id"] for rollout in rollouts}) == 5 * 2 * 4
+    assert {rollout["id"].rpartition("/")[0] for rollout in rollouts} == {
+        f"grpo-vowels/{step}/{index}" for step in range(5) for index in range(2)
+    }
+    assert not (run_dir / "rollouts" / "outcomes" / "grpo-vowels").exists()
+
+
+def test_a_run_told_to_stop_puts_its_states_away_and_goes_on(start_mini, mini_run, tmp_path):
+    undisturbed, _ = mini_run
+    run_dir = tmp_path / "run"
+    process = start_mini(run_dir)
+    give_up = time.monotonic() + 100
+    while not list((run_dir / "stages" / "grpo-vowels").glob("checkpoints/step-00000[1-9]")):
+        assert time.monotonic() < give_up
+        time.sleep(0.002)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "stopped by SIGTERM" in output
+    assert list((run_dir / "rollouts").glob("states-0")), "the engine has left its states"
+    steps = [line["step"] for line in metrics_of(run_dir) if line["stage"] == "grpo-vowels"]
+    process = start_mini(run_dir, "--resume")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    report = json.loads((run_dir / "report.json").read_text())
+    assert [event["step"] for event in report["resumed"]] == [steps[-1]], "no step is learned twice"
+    assert rollouts_of(run_dir / "stages" / "distill") == rollouts_of(undisturbed / "stages" / "distill")
+    assert not list((run_dir / "rollouts").glob("states-*"))

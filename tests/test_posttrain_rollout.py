@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -290,13 +291,62 @@ def test_the_last_allowed_turn_ends_the_episode():
     assert group.scores[0].value == 1.0
 
 
+@dataclass(frozen=True)
+class Waits:
+    """An environment that takes its time to answer; a stubborn one does not end when it is told to."""
+
+    seconds: float
+    stubborn: bool = False
+    max_turns: int = 1
+
+    def start(self, asked: Task, sandbox: Sandbox | None) -> Waits:
+        return self
+
+    async def respond(self, text: str) -> None:
+        while True:
+            try:
+                await asyncio.sleep(self.seconds)
+                return
+            except asyncio.CancelledError:
+                if not self.stubborn:
+                    raise
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        return {}
+
+
 def test_a_deadline_is_unscored_and_not_zero():
     reward = Constant()
-    [group] = play(job(reward=reward), script=lambda request: 30.0, episode_deadline_s=0.05)
+    [group] = play(job(environment=Waits(30.0), reward=reward), episode_deadline_s=0.05)
     [rollout], [score] = group.rollouts, group.scores
     assert (rollout.stop, rollout.turns) == (StopReason.DEADLINE, ())
     assert "deadline of 0.05 s" in rollout.error
     assert (score.value, score.status, reward.seen) == (None, ScoreStatus.ROLLOUT_ERROR, [])
+
+
+def test_the_time_in_which_the_model_speaks_is_nobodys_fault():
+    [group] = play(job(reward=Constant()), script=lambda request: 0.3, episode_deadline_s=0.05)
+    assert not group.rollouts[0].failed
+    assert group.scores[0].value == 1.0
+
+
+def test_an_environment_that_does_not_end_is_left_behind(monkeypatch):
+    monkeypatch.setattr("posttrain.rollout.player.GRACE_S", 0.1)
+    stubborn, quick = job(environment=Waits(2.0, stubborn=True)), job(reward=Constant(), name="s/1")
+    began = time.monotonic()
+    left, done = play(stubborn, quick, episode_deadline_s=0.05)
+    # The loop's end waits for what was left behind: it is cancelled once more, and sleeps its two seconds.
+    assert time.monotonic() - began < 5
+    assert left.rollouts[0].stop is StopReason.DEADLINE
+    assert "was left behind" in left.rollouts[0].error
+    assert done.scores[0].value == 1.0
+
+
+def test_what_is_wrong_with_the_task_is_not_tried_again():
+    environment = Breaks("start", started=[0])
+    [group] = play(job(environment=environment, reward=Constant()), max_retries=3)
+    assert group.rollouts[0].stop is StopReason.INVALID
+    assert (len(environment.started), group.rollouts[0].failures) == (2, ())
 
 
 def test_a_timeout_of_the_environment_itself_is_not_called_a_deadline():
@@ -307,7 +357,7 @@ def test_a_timeout_of_the_environment_itself_is_not_called_a_deadline():
 
 def test_a_prompt_that_leaves_no_room_is_an_error_that_says_what_to_raise():
     [group] = play(job(task("x" * 50), max_sequence_tokens=20, reward=Constant()))
-    assert group.rollouts[0].stop is StopReason.ERROR
+    assert group.rollouts[0].stop is StopReason.INVALID
     assert "max_sequence_tokens is 20" in group.rollouts[0].error
     assert group.scores[0].value is None
 
@@ -694,10 +744,12 @@ def test_truncated_completions_are_masked_only_when_asked_for():
 def test_a_sample_carries_what_the_rollout_recorded():
     rollout = rollout_of("r", tokens=3)
     sample = sample_of(rollout, advantage=0.25, teacher="math", weight=2.0)
-    assert sample.token_ids.tolist() == [1, 2, 10, 11, 12]
-    assert sample.loss_mask.tolist() == [False, False, True, True, True]
-    assert sample.versions.tolist() == [-1, -1, 4, 4, 4]
-    assert sample.logprobs[2:].tolist() == [-0.5] * 3
+    arrays = sample.load()
+    assert arrays.token_ids.tolist() == [1, 2, 10, 11, 12]
+    assert arrays.loss_mask.tolist() == [False, False, True, True, True]
+    assert arrays.versions.tolist() == [-1, -1, 4, 4, 4]
+    assert arrays.logprobs[2:].tolist() == [-0.5] * 3
+    assert (len(sample), sample.num_loss_tokens, sample.tokens.version_range) == (5, 3, (4, 4))
     assert (sample.advantage, sample.teacher, sample.weight, sample.task_id) == (0.25, "math", 2.0, "t")
 
 

@@ -14,7 +14,7 @@ import pytest
 from posttrain.errors import SandboxError
 from sandbox.log import INLINE_BYTES, Blob, Fenced, LogDamaged, RecordKind, TrajectoryLog, decode, encode
 
-REQUEST = {"kind": "exec", "req_hash": "h", "idempotent": False, "request": {"command": "true", "stdin": b"\0\xff"}}
+REQUEST = {"kind": "exec", "idempotent": False, "request": {"command": "true", "stdin": b"\0\xff"}}
 
 
 def write_log(folder: Path, num_operations: int = 3) -> TrajectoryLog:

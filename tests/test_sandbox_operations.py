@@ -28,11 +28,11 @@ from sandbox.operations import (
     KINDS,
     HandleLost,
     Operations,
-    Remembers,
     RemoteJob,
     RemoteSession,
     Request,
     outcome_of,
+    remembers,
     unwrap,
 )
 from sandbox.process import Process
@@ -303,7 +303,7 @@ def test_a_box_knows_what_came_of_a_named_operation_until_it_is_acknowledged(sub
     async def play() -> None:
         async with substrate.open(SPEC) as box:
             assert isinstance(box, AgentSandbox)
-            assert isinstance(box, Remembers)
+            assert remembers(box)
             await box.write("a", b"1", op_id="w")
             await box.write("a", b"2")
             await box.write("a", b"1", op_id="w")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from posttrain.errors import RecipeError
 from posttrain.models import load_model
 from posttrain.protocols import TeacherLibrary
-from posttrain.types import Sample
+from posttrain.types import Sample, TokenArrays, Tokens
 from teachers.library import SwapOnDemand
 from teachers.sources import HFTeacher
 from tests.tiny_models import save_tiny_model, tiny_chat
@@ -29,17 +30,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def sample(name: str, teacher: str) -> Sample:
     token_ids = PROBES[0]
     mask = np.arange(len(token_ids)) >= 5
-    zeros = np.zeros(len(token_ids), np.float32)
-    return Sample(
-        id=name,
-        task_id="t",
-        domain=teacher,
-        token_ids=token_ids,
-        loss_mask=mask,
-        logprobs=zeros,
-        versions=zeros.astype(np.int32),
-        teacher=teacher,
-    )
+    arrays = replace(TokenArrays.unsampled(token_ids), loss_mask=mask)
+    return Sample(id=name, task_id="t", domain=teacher, tokens=Tokens.of(arrays), teacher=teacher)
 
 
 def test_it_is_a_value_of_the_port():
@@ -58,8 +50,8 @@ def test_states_and_heads_are_the_teachers_own(tiny_model, models):
         for asked in samples:
             model = load_model(models[asked.teacher], torch.float32)
             with torch.no_grad():
-                logits = model(torch.tensor(asked.token_ids)[None].long()).logits[0]
-            expected = logits[np.flatnonzero(asked.loss_mask) - 1].log_softmax(-1)
+                logits = model(torch.tensor(asked.load().token_ids)[None].long()).logits[0]
+            expected = logits[np.flatnonzero(asked.load().loss_mask) - 1].log_softmax(-1)
             rebuilt = (opened.store.get(asked.id).float() @ opened.head(asked.teacher).float().T).log_softmax(-1)
             # Cached states are rounded to bfloat16.
             torch.testing.assert_close(rebuilt, expected, atol=0.2, rtol=0)
@@ -74,7 +66,7 @@ def test_costs_are_what_was_spent_since_they_were_last_read(tiny_model, models):
         first, nothing = opened.costs(), opened.costs()
         opened.cache_states([sample("c", "math")])
         second = opened.costs()
-    kept = int(sample("a", "math").loss_mask.sum()) * 32 * 2
+    kept = sample("a", "math").num_loss_tokens * 32 * 2
     assert (first["teacher/teacher_loads"], first["teacher/bytes_cached"]) == (2.0, 2.0 * kept)
     assert set(nothing.values()) == {0.0}
     assert (second["teacher/teacher_loads"], second["teacher/bytes_cached"]) == (0.0, 1.0 * kept)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
 
-from posttrain.types import IntArray, Sample
+from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 from teachers.batching import length_batches
 from teachers.cache import MemoryStore
 from teachers.pool import TeacherPool
@@ -62,16 +62,9 @@ class FakeTeacher:
 def sample(index: int, teacher: str | None, length: int = 6, loss: Sequence[int] = (2, 3, 5)) -> Sample:
     mask = np.zeros(length, dtype=np.bool_)
     mask[list(loss)] = True
-    return Sample(
-        id=f"s{index}",
-        task_id="t",
-        domain="d",
-        token_ids=((np.arange(length) * (index + 1)) % VOCAB).astype(np.int32),
-        loss_mask=mask,
-        logprobs=np.zeros(length, dtype=np.float32),
-        versions=np.zeros(length, dtype=np.int32),
-        teacher=teacher,
-    )
+    arrays = TokenArrays.unsampled(((np.arange(length) * (index + 1)) % VOCAB).astype(np.int32))
+    tokens = Tokens.of(replace(arrays, loss_mask=mask))
+    return Sample(id=f"s{index}", task_id="t", domain="d", tokens=tokens, teacher=teacher)
 
 
 def loads(events: Sequence[str]) -> list[str]:
@@ -83,7 +76,7 @@ def test_states_are_those_that_predict_the_loss_tokens() -> None:
     store, one = MemoryStore(), sample(3, "math")
     with TeacherPool({"math": teacher}, memory_mb=64) as pool:
         stats = pool.cache_states([one], store)
-    full = teacher.load("cpu").hidden_states([one.token_ids])[0]
+    full = teacher.load("cpu").hidden_states([one.load().token_ids])[0]
     assert torch.equal(store.get("s3"), torch.stack([full[1], full[2], full[4]]).bfloat16())
     assert (stats.tokens, stats.bytes_cached, stats.teacher_loads) == (6, 3 * 4 * 2, 1)
 

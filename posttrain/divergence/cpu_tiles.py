@@ -9,11 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +16,7 @@ from typing import Any
 
 import torch
 
-from posttrain.models import cache_dir
+from posttrain.native import compiled
 
 BLOCK_V = 128
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -111,38 +106,11 @@ def _library() -> Any:
     """The compiled kernels, or None where they cannot run or be compiled."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._is_avx512_bf16_supported():
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    library = compiled(SOURCE, otherwise="distillation takes the slower path")
+    if library is None:
         return None
-    torch_home = Path(torch.__file__).parent
-    command = [
-        *(compiler, "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", str(SOURCE)),
-        *(f"-I{torch_home / 'include'}", f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"),
-        f"-Wl,-rpath,{torch_home / 'lib'}",
-    ]
-    key = hashlib.sha256(f"{command}{torch.__version__}{_processor()}{SOURCE.read_text()}".encode()).hexdigest()[:16]
-    path = cache_dir() / "kernels" / f"cpu_tiles-{key}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            warnings.warn(
-                f"{SOURCE.name} did not compile; distillation takes the slower path: {done.stderr}", stacklevel=2
-            )
-            return None
-        partial.replace(path)
-    library = ctypes.CDLL(str(path))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.posttrain_block_sums.argtypes = [pointer] * 7 + [size] * 7 + [ctypes.c_float] + [size] * 2
     library.posttrain_gradient.argtypes = [pointer] * 3 + [size] * 6
     library.posttrain_block_sums.restype = library.posttrain_gradient.restype = None
     return library
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return line
-    return ""

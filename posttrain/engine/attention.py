@@ -1,30 +1,88 @@
-"""Attention for decode steps on a CPU.
+"""Attention for the embedded engine: one packed pass of rows that decode and of stretches of prompts.
 
-The fused kernel behind ``scaled_dot_product_attention`` is made for many queries. With one query per row it is up to
-3x slower in bfloat16 than two batched matrix products, which read the cached states once and copy nothing.
+The tokens of all rows lie in one row, one after another, and each attends to its own states alone, so no position of a
+pass is padding, but in float32 on a CPU for at most three copies of the last token.
+
+**Batch invariance.** In float32 on a CPU for which ``cpu_attention`` can be compiled, a token's states and logits are
+the same to the last bit whatever shares its pass, and whether it was decoded or computed in a stretch. So a rollout
+that is interrupted and goes on from its journal draws the tokens it would have drawn. Matrix products keep the order in
+which they add while the number of rows is a multiple of ``ROW_MULTIPLE``, which is why passes are padded to one.
+Elsewhere what shares the pass may change the rounding of the last bits.
+
+Shape letters: ``N`` tokens of a pass, ``B`` decoding rows, ``H`` key heads, ``G`` query heads per key head, ``Q``
+tokens of a stretch, ``L`` states of the longest row, ``D`` head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
 
-_NAME = "posttrain_decode"
+from posttrain.engine import cpu_attention
 
+ENGINE_ATTENTION = "posttrain_engine"
+ROW_MULTIPLE = 4
 
-def use_decode_attention(model: PreTrainedModel) -> None:
-    """Make a model on a CPU decode with ``decode_attention``; elsewhere, leave its attention as it is."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_NAME, decode_attention)
-        AttentionMaskInterface.register(_NAME, sdpa_mask)
-        model.set_attn_implementation(_NAME)
+# Keyword arguments by which models ask for attention that is not plain softmax(QK / sqrt(D)).
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def decode_attention(
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Some consecutive tokens of one row."""
+
+    row: int
+    past: int
+    """States the row already has; the stretch begins at this position."""
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """States the row has afterwards."""
+        return self.past + self.count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose the tokens of a pass are: one of each of the first rows of the cache, then the stretches, then padding."""
+
+    num_decoding: int
+    stretches: Sequence[Stretch]
+    rows_N: torch.Tensor
+    positions_N: torch.Tensor
+
+    @cached_property
+    def seen_N(self) -> torch.Tensor:
+        """How many states of its row each token attends to."""
+        return self.positions_N + 1
+
+    @cached_property
+    def decode_mask(self) -> torch.Tensor:
+        """[B, 1, 1, L], for all layers."""
+        lengths_B = self.seen_N[: self.num_decoding]
+        seen_BL = torch.arange(int(lengths_B.max()), device=lengths_B.device) < lengths_B[:, None]
+        return seen_BL[:, None, None]
+
+
+def use_engine_attention(model: PreTrainedModel) -> None:
+    """Switch a model, in place, to this attention. ``ValueError`` for architectures whose attention is fixed."""
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"model {type(model).__name__} does not go through transformers' attention interface; serve it with "
+            "another engine, or choose an architecture that does, such as Llama, Qwen or Mistral"
+        )
+    # No mask function is registered under this name, so transformers builds no mask of its own.
+    AttentionInterface.register(ENGINE_ATTENTION, engine_attention)
+    model.set_attn_implementation(ENGINE_ATTENTION)
+
+
+def engine_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -32,17 +90,47 @@ def decode_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
+    layout: Layout,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One query per row over cached states; more queries (prompts) go to the fused kernel.
+    """The signature is that of transformers' ``AttentionInterface``.
 
-    ``query`` is [B, G * H, 1, D], ``key`` and ``value`` are [B, H, L, D], and the additive mask [B, 1, 1, L]; the G
-    query heads that share a key head become the rows of one matrix product. Returns [B, 1, G * H, D].
+    ``query`` [1, G * H, N, D]; ``key`` and ``value`` are whole layers of the cache, [rows, H, capacity, D]. Returns
+    [1, N, G * H, D].
     """
-    rows, heads, queries, dim = query.shape
-    if queries > 1 or attention_mask is None or attention_mask.dtype == torch.bool:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = (query * scaling).view(rows, key.shape[1], -1, dim)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).add_(attention_mask)
-    mixed = torch.matmul(scores.softmax(dim=-1), value)
-    return mixed.reshape(rows, 1, heads, dim), None
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"model: its attention uses {name!r}, which the embedded engine does not compute")
+    if cpu_attention.serves(query):
+        mixed = cpu_attention.attend(query[0], key, value, layout.rows_N, layout.seen_N, scaling=scaling)
+    else:
+        mixed = _fused(query, key, value, layout, scaling)
+    return mixed[None], None
+
+
+def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float) -> torch.Tensor:
+    """[N, G * H, D], by the kernels of PyTorch."""
+    fused = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    begin, outputs = layout.num_decoding, []
+    if begin:
+        mask = layout.decode_mask
+        keys, values = (x[:begin, :, : mask.shape[-1]] for x in (key, value))
+        query_BH1D = query[0, :, :begin].transpose(0, 1)[:, :, None]
+        outputs.append(fused(query_BH1D, keys, values, attn_mask=mask)[:, :, 0])
+    for stretch in layout.stretches:
+        stop = begin + stretch.count
+        keys, values = (x[stretch.row : stretch.row + 1, :, : stretch.stop] for x in (key, value))
+        hidden = _stretch_mask(stretch, query.device)
+        mixed = fused(query[:, :, begin:stop], keys, values, attn_mask=hidden, is_causal=stretch.past == 0)
+        outputs.append(mixed[0].transpose(0, 1))
+        begin = stop
+    # Padding is a copy all the way, or it would overwrite the last token's states with others.
+    outputs.append(outputs[-1][-1:].expand(query.shape[2] - begin, -1, -1))
+    return torch.cat(outputs)
+
+
+def _stretch_mask(stretch: Stretch, device: torch.device) -> torch.Tensor | None:
+    """[Q, past + Q]: a token sees the past, the tokens of its stretch before it, and itself. None if that is plain."""
+    if stretch.past == 0 or stretch.count == 1:
+        return None
+    return torch.ones(stretch.count, stretch.stop, dtype=torch.bool, device=device).tril_(diagonal=stretch.past)

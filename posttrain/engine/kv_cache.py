@@ -1,81 +1,84 @@
 """Key and value states of many unequal sequences, one row per sequence, rows packed at the front.
 
-Shape letters: ``B`` live rows, ``L`` length of the longest live row, ``H`` key/value heads, ``D`` head dimension.
+Shape letters: ``N`` tokens of a forward pass, ``H`` key heads, ``D`` head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import Cache
 
-_FIRST_LENGTH = 128
+from posttrain.engine.cpu_attention import BLOCK
+
+States = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of one sequence by layer, [H, length, D] each."""
 
 
 class RowCache(Cache):
     """A transformers cache in which every row has its own length and is written in place.
 
     Each layer holds [rows, H, length, D], so that the states of one head lie together and a batched matrix product
-    reads them without a copy; the rows and the length double when they are outgrown. ``update`` is only for steps
-    of one token per row: prompts go through a ``DynamicCache`` and enter by ``store``.
+    reads them without a copy; rows and length double when they are outgrown. The length is a multiple of ``BLOCK``.
     """
 
-    def __init__(self, *, max_length: int) -> None:
+    def __init__(self) -> None:
         super().__init__(layers=[])
-        self.max_length = max_length
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._rows = 0
         self._length = 0
-        self._lengths_B = torch.zeros(0, dtype=torch.int64)
+        self._rows_N = self._positions_N = torch.zeros(0, dtype=torch.int64)
         self._targets: dict[int, torch.Tensor] = {}
-        self._view = (0, 0)
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for this many rows of this length (at most ``max_length``)."""
-        if length > self.max_length:
-            raise ValueError(f"cache length {length}: expected at most {self.max_length}")
+        """Make room for this many rows of this length."""
         if rows <= self._rows and length <= self._length:
             return
         rows = self._rows if rows <= self._rows else max(rows, 2 * self._rows)
-        if length <= self._length:
-            length = self._length
-        else:
-            length = min(max(length, 2 * self._length, _FIRST_LENGTH), self.max_length)
+        length = self._length if length <= self._length else max(length + -length % BLOCK, 2 * self._length)
         self._keys = [_grown(x, rows, length) for x in self._keys]
         self._values = [_grown(x, rows, length) for x in self._values]
         self._rows, self._length = rows, length
 
-    def begin_step(self, lengths_B: torch.Tensor, longest: int) -> None:
-        """Announce a decode step: row ``i`` writes at ``lengths_B[i]`` and all rows attend to ``longest`` states."""
-        self.reserve(len(lengths_B), longest)
-        self._lengths_B = lengths_B
+    def begin(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        """Announce a pass, whose token ``n`` writes into row ``rows_N[n]`` at ``positions_N[n]``.
+
+        Tokens that write to the same place have to be the same.
+        """
+        self._rows_N, self._positions_N = rows_N, positions_N
         self._targets = {}
-        self._view = (len(lengths_B), longest)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one state per row, [B, H, 1, D], and return all of them, [B, H, L, D] (views)."""
+        """Write the states of a pass, [1, H, N, D]; returns the whole layer, without a copy."""
         self._ensure_layer(layer_idx, key_states)
         return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
 
-    def store(self, row: int, states: Iterable[tuple[torch.Tensor, torch.Tensor]], source: int, length: int) -> None:
-        """Copy the first ``length`` states of one row of other keys and values, by layer, into a row of this cache."""
+    def load(self, row: int, states: States, length: int) -> None:
+        """Copy the first ``length`` states of a sequence into a row."""
         for index, (keys, values) in enumerate(states):
-            self._ensure_layer(index, keys)
-            self._keys[index][row, :, :length] = keys[source, :, :length]
-            self._values[index][row, :, :length] = values[source, :, :length]
+            self._ensure_layer(index, keys[None])
+            self._keys[index][row, :, :length] = keys[:, :length]
+            self._values[index][row, :, :length] = values[:, :length]
+
+    def read(self, row: int, length: int) -> States:
+        """A copy of the first ``length`` states of a row."""
+        return [
+            (keys[row, :, :length].clone(), values[row, :, :length].clone())
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
 
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first ``length`` states of some rows over others; no row may be both source and target."""
+        """Copy the first ``length`` states of some rows over others, as if all at once: rows may change places."""
         for tensor in (*self._keys, *self._values):
             tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._view[1] - 1
+        return self._length
 
     def _ensure_layer(self, index: int, like: torch.Tensor) -> None:
         while len(self._keys) <= index:
@@ -84,16 +87,18 @@ class RowCache(Cache):
             self._values.append(like.new_zeros(shape))
 
     def _write(self, tensor: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        rows, longest = self._view
-        _, heads, _, dim = states.shape
-        tensor.view(-1, dim).index_copy_(0, self._target(heads), states.reshape(rows * heads, dim))
-        return tensor[:rows, :, :longest]
+        heads, dim = states.shape[1], states.shape[3]
+        # Token by token, then head by head.
+        flat = states.transpose(1, 2).reshape(-1, dim)
+        tensor.view(-1, dim).index_copy_(0, self._target(heads), flat)
+        return tensor
 
     def _target(self, heads: int) -> torch.Tensor:
-        """Where this step's states go, [B * H], in a layer seen as [rows * H * length, D]."""
+        """Where this pass's states go, [N * H], in a layer seen as [rows * H * length, D]."""
         if heads not in self._targets:
-            stretches = torch.arange(len(self._lengths_B) * heads, device=self._lengths_B.device)
-            self._targets[heads] = stretches * self._length + self._lengths_B.repeat_interleave(heads)
+            heads_H = torch.arange(heads, device=self._rows_N.device)
+            stretches_NH = self._rows_N[:, None] * heads + heads_H
+            self._targets[heads] = (stretches_NH * self._length + self._positions_N[:, None]).flatten()
         return self._targets[heads]
 
 

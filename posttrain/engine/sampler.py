@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posttrain.types import Sampling
+from posttrain.types import IntArray, Sampling
 
 UniformArray = npt.NDArray[np.float64]
 
@@ -26,7 +26,10 @@ _BLOCK = 256
 _CHUNK_ELEMENTS = 1 << 18
 """Logits worked on at a time (1 MB in float32), so that the passes over one chunk stay in a core's cache."""
 _FIRST_CANDIDATES = 512
-"""Top-p looks among this many tokens first; they nearly always hold the mass, and a full sort is 100x dearer."""
+"""Without top-k truncation looks among this many tokens first; they nearly always hold the mass, and a full sort
+is 100x dearer."""
+_GROWTH = 8
+"""Rows that this many candidates do not settle are looked at again with that many times more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class Draws:
     """int64."""
     logprobs_B: torch.Tensor
     """float32; 0.0 for greedy rows, whose distribution is a point."""
+    kept_B: list[IntArray | None]
+    """Ids that truncation left to draw from, likeliest first; None where nothing was cut, so for plain and greedy rows.
+    """
 
 
 def stream_key(seed: int, request_id: str) -> np.uint64:
@@ -59,25 +65,31 @@ def uniforms(keys: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> 
 def draw(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms_B: UniformArray) -> Draws:
     """Draw one token per row.
 
-    Rows are scaled by temperature, then truncated by top-k, then by top-p (the smallest set of tokens whose mass
-    reaches ``top_p``), then renormalised. Raises ``FloatingPointError`` when a row's logits are not finite numbers.
+    Rows are scaled by temperature, then cut by top-k (k tokens), then by top-p (the fewest of the likeliest tokens
+    whose share of what top-k left reaches ``top_p``), then by min-p (tokens at least ``min_p`` times as likely as the
+    likeliest), then renormalised. Equally likely tokens are taken in the order of their ids. This is transformers'
+    order; vLLM cuts by min-p first, so its ``top_p`` is a share of what min-p and top-k left. A logit of minus infinity
+    is never kept. Raises ``FloatingPointError`` when a row's logits are not finite numbers.
     """
-    plain = [i for i, s in enumerate(samplings) if s.temperature > 0 and not _truncates(s)]
+    plain = [i for i, s in enumerate(samplings) if s.temperature > 0 and not s.truncates]
     if len(plain) == len(samplings):
         return _checked(_draw_plain(logits_BV, samplings, uniforms_B))
     greedy = [i for i, s in enumerate(samplings) if s.temperature == 0]
-    truncated = [i for i, s in enumerate(samplings) if s.temperature > 0 and _truncates(s)]
+    truncated = [i for i, s in enumerate(samplings) if s.truncates]
     tokens_B = torch.empty(len(samplings), dtype=torch.int64, device=logits_BV.device)
     logprobs_B = torch.empty(len(samplings), dtype=torch.float32, device=logits_BV.device)
+    draws = Draws(tokens_B, logprobs_B, [None] * len(samplings))
     for rows, method in ((plain, _draw_plain), (greedy, _draw_greedy), (truncated, _draw_truncated)):
         if rows:
-            part = method(logits_BV[rows], [samplings[i] for i in rows], uniforms_B[rows])
-            tokens_B[rows], logprobs_B[rows] = part.tokens_B, part.logprobs_B
-    return _checked(Draws(tokens_B, logprobs_B))
+            _put(draws, rows, method(logits_BV[rows], [samplings[i] for i in rows], uniforms_B[rows]))
+    return _checked(draws)
 
 
-def _truncates(sampling: Sampling) -> bool:
-    return sampling.top_k > 0 or sampling.top_p < 1
+def _put(draws: Draws, rows: Sequence[int], part: Draws) -> None:
+    """Replace some rows of ``draws``, in place."""
+    draws.tokens_B[rows], draws.logprobs_B[rows] = part.tokens_B, part.logprobs_B
+    for row, kept in zip(rows, part.kept_B, strict=True):
+        draws.kept_B[row] = kept
 
 
 def _checked(draws: Draws) -> Draws:
@@ -93,7 +105,7 @@ def _checked(draws: Draws) -> Draws:
 def _draw_greedy(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms_B: UniformArray) -> Draws:
     top_B, tokens_B = logits_BV.max(dim=-1)
     # Zero for finite logits, NaN for the others, which the caller then reports.
-    return Draws(tokens_B, (top_B - top_B).float())
+    return Draws(tokens_B, (top_B - top_B).float(), [None] * len(samplings))
 
 
 def _draw_plain(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms_B: UniformArray) -> Draws:
@@ -106,7 +118,8 @@ def _draw_plain(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms
         _draw_chunk(logits, scale, uniform)
         for logits, scale, uniform in zip(logits_BV.split(rows), scales, uniform_B.split(rows), strict=False)
     ]
-    return Draws(torch.cat([p.tokens_B for p in parts]), torch.cat([p.logprobs_B for p in parts]))
+    tokens_B, logprobs_B = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Draws(tokens_B, logprobs_B, [None] * len(samplings))
 
 
 def _inverse_temperatures(samplings: Sequence[Sampling], device: torch.device) -> torch.Tensor | None:
@@ -116,13 +129,13 @@ def _inverse_temperatures(samplings: Sequence[Sampling], device: torch.device) -
     return torch.tensor([[1 / s.temperature] for s in samplings], device=device)
 
 
-def _draw_chunk(logits_BV: torch.Tensor, scale_B1: torch.Tensor | None, uniform_B: torch.Tensor) -> Draws:
+def _draw_chunk(
+    logits_BV: torch.Tensor, scale_B1: torch.Tensor | None, uniform_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities, [B] each."""
     x_BV = logits_BV.float() if scale_B1 is None else logits_BV * scale_B1
     top_B1 = x_BV.amax(dim=-1, keepdim=True)
-    # Padding has weight 0, which is never drawn.
-    padding = -x_BV.shape[1] % _BLOCK
-    weight_BV = torch.nn.functional.pad(x_BV - top_B1, (0, padding), value=-torch.inf).exp_()
-    weight_BNK = weight_BV.view(len(x_BV), -1, _BLOCK)
+    weight_BNK = _weights(x_BV, top_B1)
     mass_BN = weight_BNK.sum(dim=-1).double()
     total_B = mass_BN.sum(dim=-1)
     block_B, rest_B = _invert(mass_BN, uniform_B * total_B)
@@ -131,7 +144,17 @@ def _draw_chunk(logits_BV: torch.Tensor, scale_B1: torch.Tensor | None, uniform_
     # Only rows that are not finite get past the end; they are reported by their log-probability.
     tokens_B = (block_B * _BLOCK + inside_B).clamp_(max=x_BV.shape[1] - 1)
     logprobs_B = (x_BV[rows, tokens_B] - top_B1[:, 0]).double() - total_B.log()
-    return Draws(tokens_B, logprobs_B.float())
+    return tokens_B, logprobs_B.float()
+
+
+def _weights(x_BV: torch.Tensor, top_B1: torch.Tensor) -> torch.Tensor:
+    """Probabilities relative to the likeliest token's in blocks of ``_BLOCK``, the last one padded with 0.
+
+    A sum over blocks of fixed size adds in the same order for one row as for many, unlike one over the vocabulary.
+    """
+    padding = -x_BV.shape[1] % _BLOCK
+    weight_BV = torch.nn.functional.pad(x_BV - top_B1, (0, padding), value=-torch.inf).exp_()
+    return weight_BV.view(len(x_BV), -1, _BLOCK)
 
 
 def _invert(mass_BN: torch.Tensor, target_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,29 +173,93 @@ def _invert(mass_BN: torch.Tensor, target_B: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _draw_truncated(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms_B: UniformArray) -> Draws:
-    device = logits_BV.device
-    scale_B1 = _inverse_temperatures(samplings, device)
+    scale_B1 = _inverse_temperatures(samplings, logits_BV.device)
     x_BV = logits_BV.float() if scale_B1 is None else logits_BV * scale_B1
-    vocabulary = x_BV.shape[1]
-    count = max((s.top_k for s in samplings if s.top_k), default=0)
+    count = max([s.top_k for s in samplings if s.top_k], default=0)
     if any(not s.top_k for s in samplings):
         count = max(count, _FIRST_CANDIDATES)
-    total_B1 = x_BV.logsumexp(dim=-1, keepdim=True)
-    top_p_B1 = torch.tensor([[s.top_p] for s in samplings], device=device)
-    count = min(count, vocabulary)
-    values_BC, ids_BC = x_BV.topk(count, dim=-1)
-    needs_more = torch.tensor([[not s.top_k] for s in samplings], device=device)
-    short_B1 = (values_BC - total_B1).exp().sum(dim=-1, keepdim=True) <= top_p_B1
-    if count < vocabulary and (short_B1 & needs_more).any():
-        values_BC, ids_BC = x_BV.sort(dim=-1, descending=True, stable=True)
-    limit_B1 = torch.tensor([[s.top_k or vocabulary] for s in samplings], device=device)
-    within_BC = torch.arange(values_BC.shape[1], device=device) < limit_B1
-    # Top-p is a share of what top-k has left; without top-k that is everything, listed here or not.
-    kept_total_B1 = values_BC.masked_fill(~within_BC, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    share_BC = (values_BC - torch.where(needs_more, total_B1, kept_total_B1)).exp().masked_fill_(~within_BC, 0).double()
-    better_BC = share_BC.cumsum(dim=-1) - share_BC
-    kept_BC = share_BC.masked_fill((better_BC >= top_p_B1) & (top_p_B1 < 1), 0)
-    mass_B = kept_BC.sum(dim=-1)
-    index_B, _ = _invert(kept_BC, torch.from_numpy(uniforms_B).to(device) * mass_B)
-    probability_B = kept_BC.gather(1, index_B[:, None])[:, 0] / mass_B
-    return Draws(ids_BC.gather(1, index_B[:, None])[:, 0], probability_B.log().float())
+    return _draw_among(x_BV, samplings, uniforms_B, count)
+
+
+def _draw_among(
+    x_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms_B: UniformArray, num_candidates: int
+) -> Draws:
+    """Draw from scaled logits, each row among its likeliest tokens, or more where those do not settle what is kept."""
+    device, vocabulary = x_BV.device, x_BV.shape[1]
+    values_BC, ids_BC = _likeliest(x_BV, min(num_candidates, vocabulary))
+    weights_BC = (values_BC.double() - values_BC[:, :1].double()).exp()
+    limit_B1 = _column([s.top_k or vocabulary for s in samplings], device)
+    kept_BC = _kept(weights_BC, _whole(x_BV, values_BC[:, :1], samplings), samplings)
+    unsettled_B = kept_BC[:, -1] & (limit_B1[:, 0] > kept_BC.shape[1])
+
+    weights_BC = weights_BC.masked_fill_(~kept_BC, 0)
+    # The sum one by one does not depend on how many candidates come after, unlike that of sum().
+    mass_B = weights_BC.cumsum(dim=-1)[:, -1]
+    index_B, _ = _invert(weights_BC, torch.from_numpy(uniforms_B).to(device) * mass_B)
+    drawn_B1 = index_B[:, None]
+    logprobs_B = (values_BC.gather(1, drawn_B1).double() - values_BC[:, :1].double())[:, 0] - mass_B.log()
+    draws = Draws(ids_BC.gather(1, drawn_B1)[:, 0], logprobs_B.float(), _rows_of(ids_BC, kept_BC, vocabulary))
+    rows = unsettled_B.nonzero().flatten().tolist() if num_candidates < vocabulary else []
+    if rows:
+        chosen = [samplings[i] for i in rows]
+        more = num_candidates * _GROWTH
+        # Finding a large share of the vocabulary is as dear as sorting it.
+        more = more if more * _GROWTH <= vocabulary else vocabulary
+        _put(draws, rows, _draw_among(x_BV[rows], chosen, uniforms_B[rows], more))
+    return draws
+
+
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """[B, 1]; integers, or float64, in which a top-p of 0.9 is the recipe's 0.9."""
+    return torch.tensor(values, device=device, dtype=torch.int64 if isinstance(values[0], int) else torch.float64)[
+        :, None
+    ]
+
+
+def _likeliest(x_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` entries, and their ids, of each row sorted downwards, equal ones by id."""
+    if count == x_BV.shape[1]:
+        return x_BV.sort(dim=-1, descending=True, stable=True)
+    values_BC, ids_BC = x_BV.topk(count + 1, dim=-1)
+    first_out_B = values_BC[:, count]
+    values_BC, ids_BC = values_BC[:, :count], ids_BC[:, :count]
+    # Which of the entries equal to the last one topk takes is up to its implementation.
+    for row in (values_BC[:, -1] == first_out_B).nonzero().flatten().tolist():
+        taken = values_BC[row] == first_out_B[row]
+        ids_BC[row, taken] = (x_BV[row] == first_out_B[row]).nonzero().flatten()[: int(taken.sum())]
+    ids_BC = ids_BC.sort(dim=-1).values
+    values_BC, order_BC = x_BV.gather(1, ids_BC).sort(dim=-1, descending=True, stable=True)
+    return values_BC, ids_BC.gather(1, order_BC)
+
+
+def _whole(x_BV: torch.Tensor, top_B1: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor | None:
+    """The sum of probabilities relative to the likeliest token's, [B, 1]; None when no row's top-p is a share of it."""
+    if all(s.top_k or s.top_p == 1 for s in samplings):
+        return None
+    return _weights(x_BV, top_B1).sum(dim=-1).double().sum(dim=-1, keepdim=True)
+
+
+def _kept(weights_BC: torch.Tensor, whole_B1: torch.Tensor | None, samplings: Sequence[Sampling]) -> torch.Tensor:
+    """Which candidates truncation keeps, a prefix of each row: [B, C] bool.
+
+    ``weights_BC`` are probabilities relative to the likeliest token's, falling; ``whole_B1`` is from ``_whole``.
+    """
+    device, count = weights_BC.device, weights_BC.shape[1]
+    limit_B1 = _column([s.top_k or count for s in samplings], device).clamp_(max=count)
+    top_p_B1 = _column([float(s.top_p) for s in samplings], device)
+    min_p_B1 = _column([float(s.min_p) for s in samplings], device)
+    upto_BC = weights_BC.cumsum(dim=-1)
+    base_B1 = upto_BC.gather(1, limit_B1 - 1)
+    if whole_B1 is not None:
+        has_top_k_B1 = _column([int(s.top_k > 0) for s in samplings], device).bool()
+        base_B1 = torch.where(has_top_k_B1, base_B1, whole_B1)
+    within_BC = torch.arange(count, device=device) < limit_B1
+    reached_BC = (upto_BC - weights_BC >= top_p_B1 * base_B1) & (top_p_B1 < 1)
+    return within_BC & ~reached_BC & (weights_BC >= min_p_B1) & (weights_BC > 0)
+
+
+def _rows_of(ids_BC: torch.Tensor, kept_BC: torch.Tensor, vocabulary: int) -> list[IntArray | None]:
+    """The kept ids of each row; None where that is the whole vocabulary."""
+    counts = kept_BC.sum(dim=-1).tolist()
+    ids = ids_BC[:, : max(counts)].to(torch.int32).cpu().numpy()
+    return [None if count == vocabulary else row[:count].copy() for row, count in zip(ids, counts, strict=True)]

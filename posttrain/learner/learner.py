@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from posttrain.learner.losses import Metrics
 from posttrain.learner.objectives import Objective
 from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
@@ -34,7 +35,9 @@ class Learner:
     """Trains one causal language model in place.
 
     ``model`` is a plain Hugging Face model in float32 that the learner takes over; ``dtype`` is what forward passes
-    compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule.
+    compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule. A
+    micro-batch holds at most ``tokens_per_micro_batch`` tokens, or one longer sample, whose activations are computed
+    twice rather than kept.
     ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
 
     Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
@@ -187,20 +190,29 @@ class Learner:
         sums: dict[str, list[float]] = {}
         loss_sum = 0.0
         for members in plan:
-            batch = PackedBatch.collate(members).to(self.device)
-            loss, metrics = objective.loss(self._policy.forward(batch), batch, totals)
-            if not math.isfinite(value := loss.item()):
-                raise FloatingPointError(
-                    f"step {self.step}: the loss is {value} in a micro-batch of samples {list(batch.sample_ids)}; "
-                    "the weights were not changed"
-                )
-            if torch.is_grad_enabled():
-                self._accelerator.backward(loss)
-            loss_sum += value
+            loss, metrics = self._one_micro_batch(members, objective, totals)
+            loss_sum += loss
             for name, pair in metrics.items():
                 sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
         means = {name: numerator / denominator for name, (numerator, denominator) in sums.items() if denominator}
         return {"loss": loss_sum} | means
+
+    def _one_micro_batch(
+        self, members: Sequence[Sample], objective: Objective, totals: Totals
+    ) -> tuple[float, Metrics]:
+        """One micro-batch's share of loss and gradient. Its arrays and activations are gone on return."""
+        batch = PackedBatch.collate(members).to(self.device)
+        # The budget is what fits; a single sample beyond it pays in time for the memory it lacks.
+        recompute = torch.is_grad_enabled() and len(batch.token_ids) > self._budget
+        loss, metrics = objective.loss(self._policy.forward(batch, recompute=recompute), batch, totals)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {value} in a micro-batch of samples {list(batch.sample_ids)}; "
+                "the weights were not changed"
+            )
+        if torch.is_grad_enabled():
+            self._accelerator.backward(loss)
+        return value, metrics
 
     def _clip(self, samples: Sequence[Sample]) -> float:
         """Clip the gradient; returns its norm before."""

@@ -4,15 +4,25 @@ The projection to the vocabulary is by far the largest activation of a small mod
 2.4 GB in float32. Here it exists for ``chunk_tokens`` tokens at a time, in the forward pass and, recomputed, in the
 backward pass.
 
-Shape letters: ``N`` tokens, ``D`` hidden width, ``V`` vocabulary, ``C`` tokens of one chunk.
+Where sampling was truncated, a token's distribution is normalised over the tokens that were left to draw from, the
+sampler's action space (DeepSeek-V3.2, arXiv 2512.02556, "Keep Sampling Mask").
+
+Shape letters: ``N`` tokens, ``D`` hidden width, ``V`` vocabulary, ``C`` tokens of one chunk, ``K`` kept ids of all
+tokens, or of those of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+
+_FORBIDDEN = -1e20
+"""The logit of a token that could not be drawn. Its probability is exactly 0, and unlike with minus infinity so is
+its share of the entropy and of the gradient, p log p."""
 
 
 def token_logprobs(
@@ -20,6 +30,8 @@ def token_logprobs(
     head_VD: torch.Tensor,
     targets_N: torch.Tensor,
     *,
+    kept_ids_K: torch.Tensor | None = None,
+    kept_offsets_N1: torch.Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int = 512,
     want_entropy: bool = True,
@@ -30,6 +42,9 @@ def token_logprobs(
     sums and the results are float32 (float64 for float64 input). Both outputs are differentiable in ``hidden`` and
     ``head``; the gradient of the head is accumulated in float32 over the chunks. Apply a model's own logit scaling
     to ``hidden`` beforehand; soft-capped logits are not covered.
+
+    Token i whose ``kept_ids_K[kept_offsets_N1[i] : kept_offsets_N1[i + 1]]`` is not empty has ``p``, and so its
+    entropy, over those ids alone, which must hold its target; ids and offsets come together.
 
     Raises ``ValueError`` on shapes that do not fit, a temperature that is not positive, or an empty chunk.
     """
@@ -43,23 +58,63 @@ def token_logprobs(
             f"token_logprobs: temperature = {temperature!r}, chunk_tokens = {chunk_tokens!r}; expected a temperature "
             "> 0 (greedy rollouts have no log-probabilities to learn from) and at least one token per chunk"
         )
+    kept = None
+    if kept_ids_K is not None and kept_offsets_N1 is not None:
+        if len(kept_offsets_N1) != len(hidden_ND) + 1:
+            raise ValueError(
+                f"token_logprobs: {len(kept_offsets_N1)} kept offsets for {len(hidden_ND)} tokens; expected one more "
+                "than tokens"
+            )
+        kept = _Kept.of(kept_ids_K, kept_offsets_N1, chunk_tokens)
     device = hidden_ND.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     logprobs, entropy = _ChunkedLogprobs.apply(
-        hidden_ND, head_VD, targets_N.long(), 1.0 / temperature, chunk_tokens, want_entropy, compute_dtype
+        hidden_ND, head_VD, targets_N.long(), kept, 1.0 / temperature, chunk_tokens, want_entropy, compute_dtype
     )
     return logprobs, entropy
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Kept ids, cut into chunks."""
+
+    ids: tuple[torch.Tensor, ...]
+    """[K] int64 of each chunk."""
+    rows: tuple[torch.Tensor, ...]
+    """[K] int64 of each chunk: the token each id belongs to, counted from the chunk's first."""
+    truncated: tuple[torch.Tensor, ...]
+    """[C] bool of each chunk: whether the token has kept ids."""
+
+    @classmethod
+    def of(cls, ids_K: torch.Tensor, offsets_N1: torch.Tensor, chunk_tokens: int) -> _Kept:
+        counts_N = offsets_N1.diff()
+        rows_N = torch.arange(len(counts_N), device=ids_K.device) % chunk_tokens
+        rows_K = rows_N.repeat_interleave(counts_N, output_size=len(ids_K))
+        bounds = [*offsets_N1[:-1:chunk_tokens].tolist(), len(ids_K)]
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        return cls(ids_K.long().split(sizes), rows_K.split(sizes), (counts_N > 0).split(chunk_tokens))
+
+    def restrict(self, logits_CV: torch.Tensor, chunk: int) -> torch.Tensor:
+        """The logits with those of tokens that could not be drawn overwritten, in place."""
+        if not len(self.ids[chunk]):
+            return logits_CV
+        place = self.rows[chunk], self.ids[chunk]
+        kept_K = logits_CV[place]
+        logits_CV.masked_fill_(self.truncated[chunk][:, None], _FORBIDDEN)
+        logits_CV[place] = kept_K
+        return logits_CV
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """Saves inputs and two [N] vectors (log-partition and entropy); everything of width V is recomputed."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd takes no keywords
         ctx: Any,
         hidden_ND: torch.Tensor,
         head_VD: torch.Tensor,
         targets_N: torch.Tensor,
+        kept: _Kept | None,
         inverse_temperature: float,
         chunk_tokens: int,
         want_entropy: bool,
@@ -68,13 +123,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # An entropy that is only logged then gets no gradient of zeros, which would cost a pass over the vocabulary.
         ctx.set_materialize_grads(False)
         ctx.inverse_temperature, ctx.chunk_tokens, ctx.compute_dtype = inverse_temperature, chunk_tokens, compute_dtype
+        ctx.kept = kept
         accumulate = torch.promote_types(compute_dtype, torch.float32)
         logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=accumulate)
         log_z_N, entropy_N = torch.empty_like(logprobs_N), torch.empty_like(logprobs_N)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = head_VD.to(compute_dtype)
-            for chunk in _chunks(len(hidden_ND), chunk_tokens):
+            for index, chunk in enumerate(_chunks(len(hidden_ND), chunk_tokens)):
                 logits_CV = _logits(hidden_ND[chunk], head, inverse_temperature)
+                if kept is not None:
+                    logits_CV = kept.restrict(logits_CV, index)
                 log_z_N[chunk] = logits_CV.logsumexp(-1)
                 logprobs_N[chunk] = logits_CV.gather(-1, targets_N[chunk, None]).squeeze(-1) - log_z_N[chunk]
                 if want_entropy:
@@ -91,8 +149,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_head = torch.zeros_like(head_VD, dtype=log_z_N.dtype) if want_head else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = head_VD.to(ctx.compute_dtype)
-            for chunk in _chunks(len(hidden_ND), ctx.chunk_tokens):
-                logp_CV = _logits(hidden_ND[chunk], head, ctx.inverse_temperature) - log_z_N[chunk, None]
+            for index, chunk in enumerate(_chunks(len(hidden_ND), ctx.chunk_tokens)):
+                logits_CV = _logits(hidden_ND[chunk], head, ctx.inverse_temperature)
+                if ctx.kept is not None:
+                    logits_CV = ctx.kept.restrict(logits_CV, index)
+                logp_CV = logits_CV - log_z_N[chunk, None]
                 chunk_grads = [None if grad is None else grad[chunk] for grad in grads_N]
                 grad_CV = _logits_gradient(logp_CV, targets_N[chunk], entropy_N[chunk], *chunk_grads)
                 grad_CV = (grad_CV * ctx.inverse_temperature).to(ctx.compute_dtype)
@@ -100,7 +161,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     grad_hidden[chunk] = (grad_CV @ head).to(grad_hidden.dtype)
                 if grad_head is not None:
                     grad_head += grad_CV.T @ hidden_ND[chunk].to(ctx.compute_dtype)
-        return grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype), None, None, None, None, None
+        grad_head = None if grad_head is None else grad_head.to(head_VD.dtype)
+        return grad_hidden, grad_head, None, None, None, None, None, None
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

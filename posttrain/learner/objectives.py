@@ -25,6 +25,9 @@ from posttrain.learner.policy import HeadInputs
 from posttrain.protocols import StateStore
 from posttrain.types import Sample
 
+ROUNDING = 1e-5
+"""Nats by which two float32 computations of one log-probability may differ."""
+
 
 class Objective(Protocol):
     """The loss of one kind of training."""
@@ -63,7 +66,7 @@ class GrpoObjective:
         logprobs, entropies = self._logprobs(student, batch)
         tokens = PolicyTokens(
             logprobs=logprobs,
-            behaviour_logprobs=batch.behaviour_logprobs,
+            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs),
             advantages=batch.advantages[batch.segment_ids],
             segment=batch.segment_ids,
             num_segments=len(batch.samples),
@@ -86,14 +89,27 @@ class GrpoObjective:
     def _logprobs(
         self, model: HeadInputs, batch: PackedBatch, *, want_entropy: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        masked = self.config.keep_sampling_mask
         return token_logprobs(
             model.hidden_ND,
             model.head_VD,
             batch.targets,
+            kept_ids_K=batch.kept_ids if masked else None,
+            kept_offsets_N1=batch.kept_offsets if masked else None,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
             want_entropy=want_entropy,
         )
+
+
+def without_rounding(behaviour_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
+    """The sampler's log-probabilities, and the learner's own where they differ by no more than float32 rounding.
+
+    What shares a batch with a token moves the last bits of its log-probability, so a run that was interrupted would
+    train on ratios of 1 + 1e-7 where another trains on 1, and drift away from it. Here both are 1.
+    """
+    own_N = logprobs_N.detach()
+    return torch.where((behaviour_N - own_N).abs() <= ROUNDING, own_N, behaviour_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

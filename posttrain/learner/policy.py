@@ -9,11 +9,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.config import Lora
 from posttrain.errors import RecipeError
@@ -52,9 +55,14 @@ class Policy:
         self._adapted = None if lora is None else _add_adapters(model, lora, seed)
         model.train()
 
-    def forward(self, batch: PackedBatch) -> HeadInputs:
-        """Hidden states at the loss positions and the head, in the compute type, with gradient."""
-        return self._forward(self.model, batch)
+    def forward(self, batch: PackedBatch, *, recompute: bool = False) -> HeadInputs:
+        """Hidden states at the loss positions and the head, in the compute type, with gradient.
+
+        ``recompute`` keeps only what enters each layer and its attention, and computes the rest again in the backward
+        pass, where the architecture can: at most a third more work, for one layer's activations in place of all.
+        """
+        with _recomputing(self.model) if recompute else contextlib.nullcontext():
+            return self._forward(self.model, batch)
 
     @torch.no_grad()
     def reference(self, batch: PackedBatch) -> HeadInputs:
@@ -98,6 +106,30 @@ class Policy:
         if self._dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=self._dtype)
+
+
+@contextlib.contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Layers that run in this context drop their activations. The model's own switch has changed its name."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=_keeping_attention)
+        layer.gradient_checkpointing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+
+
+def _keeping_attention() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """What attention gives is kept: no bigger than the layer's input, and most of a long sample's work."""
+    return create_selective_checkpoint_contexts(_keep_attention)
+
+
+def _keep_attention(context: object, operator: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
+    is_attention = "attention" in str(operator) or "attn" in str(operator)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _add_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:

@@ -1,37 +1,50 @@
-"""Rollout workers as Ray actors, and the driver's handle on them. The only module that starts Ray.
+"""Engines and rollout workers as Ray actors.
 
-Weights travel as NumPy arrays through Ray's object store: one copy a node, mapped by every actor on it. An actor
-that dies or hangs is replaced, given the current weights, and its jobs are played again; requests carry their own
-random numbers, so the second attempt draws what the first one drew and no rollout is preferred for being short.
+An engine actor holds the model and the journal; a rollout worker runs episodes, sandboxes and rewards, and asks its
+engine for every turn. They die apart: a worker whose engine is gone waits for the next one under the same name and asks
+again, and a worker that died leaves its requests running, to be found by their ids. Weights travel as NumPy arrays
+through Ray's object store: one copy a node, mapped by every actor on it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayError
 
 from posttrain.config import Workers
+from posttrain.engine.file_journal import FileJournal
+from posttrain.engine.journal import Journal
+from posttrain.errors import EngineStopped
 from posttrain.protocols import Substrate
+from posttrain.rollout.arrays import split
+from posttrain.rollout.outcomes import Outcomes
 from posttrain.rollout.player import GroupJob
-from posttrain.types import Group
+from posttrain.types import Completion, Request
 
 logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, np.ndarray]
 
+SMALL_BYTES = 64 << 10
+"""Arrays of a rollout up to this size travel with it."""
+
+RETRY_S = 0.2
+"""Pause between two attempts to reach an engine that is being replaced."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What an actor needs to build its engine."""
+    """What actors are built from."""
 
     model_path: str
     """Gives architecture and tokenizer; the weights that count are sent by the driver."""
@@ -40,190 +53,262 @@ class WorkerSpec:
     """Window of the engine: prompt and completion together."""
     workers: Workers
     substrate: Substrate | None
+    truncates: bool = False
+    """Whether any sampling is truncated, so that engines which have to be told keep what it chose from."""
+    folder: Path | None = None
+    """Where journals and finished rollouts are kept; None keeps nothing. Actors on several nodes must all see it."""
+
+    @property
+    def outcomes(self) -> Path | None:
+        return None if self.folder is None else self.folder / "outcomes"
 
 
-class RolloutWorker:
-    """Holds one engine, and a second one for judging once a judge snapshot was sent."""
+class EngineActor:
+    """One engine for the policy, and a second one for judging once a judge snapshot was sent.
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    One that takes another's place draws nothing before it was sent the weights that the other had.
+    """
+
+    def __init__(self, spec: WorkerSpec, index: int, *, awaits_weights: bool) -> None:
         import torch
 
         from posttrain.conversation.chat import ChatFormat
         from posttrain.models import load_tokenizer
 
         torch.set_num_threads(spec.workers.threads_per_actor or os.cpu_count() or 1)
-        self._spec = spec
+        self._spec, self._index = spec, index
         self._chat = ChatFormat(load_tokenizer(spec.model_path))
-        self._engine = self._new_engine()
-        self._judge_engine: Any = None
+        self._engines: dict[bool, Any] = {False: self._new_engine(judge=False)}
+        self._loaded = {False: asyncio.Event(), True: asyncio.Event()}
+        if not awaits_weights:
+            self._loaded[False].set()
+        self._loading = asyncio.Lock()
+        self._number = {False: 0, True: 0}
+        self._restored = 0
+        self._answering: dict[str, asyncio.Task[Any]] = {}
 
-    def _new_engine(self) -> Any:
+    async def load_weights(self, weights: Weights, version: int, judge: bool, number: int) -> None:
+        """Replace the weights of the policy's or the judge's engine; requests wait until there were some.
+
+        ``number`` counts what was sent to all engines. Calls may arrive in any order, such as those that wait for an
+        engine to start: weights with a lower number than those in place are left out.
+        """
+        from posttrain.engine.weights import import_weights
+
+        async with self._loading:
+            if number <= self._number[judge]:
+                return
+            if judge not in self._engines:
+                self._engines[judge] = await asyncio.to_thread(self._new_engine, judge=judge)
+            engine = self._engines[judge]
+            await asyncio.to_thread(engine.load_weights, import_weights(weights), version)
+            self._number[judge] = number
+            if not judge and self._states is not None and self._states.exists():
+                self._restored += await asyncio.to_thread(engine.restore, self._states)
+                self._states.unlink()
+            self._loaded[judge].set()
+
+    async def generate(self, requests: Sequence[Request], judge: bool = False) -> AsyncIterator[list[tuple[str, Any]]]:
+        """The requests' completions, or the errors they ended with, by id; those that finish together in one list."""
+        await self._loaded[judge].wait()
+        tasks = [asyncio.create_task(self._answer(request, judge)) for request in requests]
+        self._answering.update({request.id: task for request, task in zip(requests, tasks, strict=True)})
+        while tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finished = [task for task in tasks if task.done()]
+            tasks = [task for task in tasks if not task.done()]
+            yield [task.result() for task in finished]
+
+    async def cancel(self, request_ids: Sequence[str]) -> None:
+        """Nobody waits for these any more."""
+        for request_id in request_ids:
+            task = self._answering.get(request_id)
+            if task is not None:
+                task.cancel()
+
+    async def forget(self, prefixes: Sequence[str]) -> None:
+        """See ``Engine.forget``."""
+        for prefix in prefixes:
+            self._engines[False].forget(prefix)
+
+    async def preempt(self) -> None:
+        """Stop, and leave the states of unfinished requests to the next engine under this name."""
+        if self._states is not None and self._loaded[False].is_set():
+            await asyncio.to_thread(self._engines[False].preempt, self._states)
+
+    async def counters(self) -> dict[str, float]:
+        """What the policy's engine has done since it was made. Answered at once by an engine that lives."""
+        return self._engines[False].counters() | {"restored_sequences": self._restored}
+
+    async def _answer(self, request: Request, judge: bool) -> tuple[str, Completion | Exception]:
+        try:
+            return request.id, await self._engines[judge].generate(request)
+        except asyncio.CancelledError:
+            return request.id, RuntimeError("the request was cancelled")
+        except Exception as error:  # noqa: BLE001 - an error belongs to its request alone, not to those that came along
+            return request.id, error
+        finally:
+            self._answering.pop(request.id, None)
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        # With special tokens, so that a stop string may name one.
+        return str(self._chat.tokenizer.decode(list(token_ids)))
+
+    @property
+    def _states(self) -> Path | None:
+        return None if self._spec.folder is None else self._spec.folder / f"states-{self._index}"
+
+    def _new_engine(self, *, judge: bool) -> Any:
         import torch
 
         from posttrain.engine.transformers_engine import TransformersEngine
         from posttrain.models import load_model
 
+        journal = None
+        if self._spec.folder is not None and not judge:
+            journal = FileJournal(self._spec.folder / "tokens", writer=f"engine-{self._index}")
+        if self._spec.workers.engine == "vllm":
+            return self._new_vllm_engine(journal, judge=judge)
         model = load_model(self._spec.model_path, getattr(torch, self._spec.dtype))
         if torch.cuda.is_available():
             model = torch.nn.Module.cuda(model)
         return TransformersEngine(
             model,
             stop_ids=self._chat.stop_ids,
+            decode=self._text_of,
             max_batch_size=self._spec.workers.max_batch_size,
+            max_batch_tokens=self._spec.workers.max_batch_tokens,
             max_length=self._spec.max_length,
+            journal=journal,
         )
 
-    async def load_weights(self, weights: Weights, version: int) -> None:
-        from posttrain.engine.weights import import_weights
+    def _new_vllm_engine(self, journal: Journal | None, *, judge: bool) -> Any:
+        from posttrain.engine.vllm_engine import VllmEngine
 
-        self._engine.load_weights(import_weights(weights), version)
+        workers = self._spec.workers
+        return VllmEngine(
+            self._spec.model_path,
+            stop_ids=self._chat.stop_ids,
+            dtype=self._spec.dtype,
+            decode=self._text_of,
+            max_batch_size=workers.max_batch_size,
+            max_length=self._spec.max_length,
+            kept_tokens=self._spec.truncates and not judge,
+            tensor_parallel_size=max(1, int(workers.gpus_per_actor)),
+            options=workers.engine_options,
+            journal=journal,
+        )
 
-    async def load_judge_weights(self, weights: Weights, version: int) -> None:
-        from posttrain.engine.weights import import_weights
 
-        if self._judge_engine is None:
-            self._judge_engine = self._new_engine()
-        self._judge_engine.load_weights(import_weights(weights), version)
+class RemoteEngine:
+    """An engine in another actor, found by name, so that it may be replaced while requests wait for it.
 
-    async def play(self, jobs: Sequence[GroupJob]) -> list[Group]:
+    Implements ``posttrain.protocols.Completer``. Requests of one tick of the event loop travel together and
+    join the engine's batch together.
+    """
+
+    def __init__(self, name: str, *, judge: bool = False) -> None:
+        self._name, self._judge = name, judge
+        self._outgoing: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._forgotten: list[str] = []
+        self._sending: set[asyncio.Task[None]] = set()
+        self.lost = 0
+        """How often an engine was gone before it had answered."""
+
+    async def generate(self, request: Request) -> Completion:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+        if not self._outgoing:
+            loop.call_soon(self._send)
+        self._outgoing.append((request, future))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with contextlib.suppress(RayError, ValueError):
+                self._actor().cancel.remote([request.id])
+            raise
+
+    def forget(self, prefix: str) -> None:
+        if not self._forgotten:
+            asyncio.get_running_loop().call_soon(self._send_forgotten)
+        self._forgotten.append(prefix)
+
+    def _actor(self) -> Any:
+        return ray.get_actor(self._name)
+
+    def _send(self) -> None:
+        batch, self._outgoing = self._outgoing, []
+        task = asyncio.get_running_loop().create_task(self._deliver(batch))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    def _send_forgotten(self) -> None:
+        prefixes, self._forgotten = self._forgotten, []
+        # An engine that is gone has nothing in memory; what its journal holds is outdated and harmless.
+        with contextlib.suppress(RayError, ValueError):
+            self._actor().forget.remote(prefixes)
+
+    async def _deliver(self, batch: Sequence[tuple[Request, asyncio.Future[Completion]]]) -> None:
+        waiting = {request.id: (request, future) for request, future in batch}
+        while waiting := {name: pair for name, pair in waiting.items() if not pair[1].done()}:
+            # A name that is not there is free until the next engine takes it.
+            with contextlib.suppress(RayError, ValueError):
+                await self._ask(waiting)
+            if not all(future.done() for _, future in waiting.values()):
+                self.lost += 1
+                logger.warning("engine %s is gone; its requests are asked again", self._name)
+                await asyncio.sleep(RETRY_S)
+
+    async def _ask(self, waiting: Mapping[str, tuple[Request, asyncio.Future[Completion]]]) -> None:
+        stream = (
+            self._actor()
+            .generate.options(num_returns="streaming")
+            .remote([request for request, _ in waiting.values()], self._judge)
+        )
+        async for reference in stream:
+            for name, answer in await reference:
+                future = waiting[name][1]
+                if future.done() or isinstance(answer, EngineStopped):
+                    # An engine that stopped is replaced by the driver; its journal has what was drawn.
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
+
+
+class RolloutWorker:
+    """Plays jobs with an engine in another actor."""
+
+    def __init__(self, spec: WorkerSpec, engine: str) -> None:
+        from posttrain.conversation.chat import ChatFormat
+        from posttrain.models import load_tokenizer
         from posttrain.rollout.player import Player
 
-        player = Player(
+        self._engine = RemoteEngine(engine)
+        self._player = Player(
             engine=self._engine,
-            judge_engine=self._judge_engine,
-            chat=self._chat,
-            substrate=self._spec.substrate,
-            workers=self._spec.workers,
+            judge_engine=RemoteEngine(engine, judge=True),
+            chat=ChatFormat(load_tokenizer(spec.model_path)),
+            substrate=spec.substrate,
+            workers=spec.workers,
+            outcomes=None if spec.outcomes is None else Outcomes(spec.outcomes),
         )
-        return await player.play(jobs)
 
+    async def play(self, jobs: Sequence[GroupJob]) -> AsyncIterator[Any]:
+        """The groups of all jobs as they become complete, light: each as the index of its job, the group, and how many
+        objects follow, which are the arrays of those of its rollouts that have none.
 
-@dataclass(slots=True)
-class RolloutCounters:
-    """What went wrong around the policy, for the report."""
-
-    actors_replaced: int = 0
-    jobs_replayed: int = 0
-
-
-@dataclass(slots=True)
-class _Sent:
-    """The snapshot every actor, and every replacement, must hold."""
-
-    weights: Any = None
-    version: int = 0
-
-
-class RolloutService:
-    """The driver's view of all workers. Use as a context manager."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._spec = spec
-        self._policy, self._judge = _Sent(), _Sent()
-        self.counters = RolloutCounters()
-        self._actors = [self._start_actor() for _ in range(spec.workers.num_actors)]
-
-    def __enter__(self) -> RolloutService:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-
-    def take_counters(self) -> dict[str, float]:
-        """Actors replaced and jobs played again since the last call."""
-        taken, self.counters = self.counters, RolloutCounters()
-        return {name: float(value) for name, value in dataclasses.asdict(taken).items()}
-
-    def load_weights(self, weights: Weights, version: int) -> None:
-        """Give every actor new policy weights; returns when all hold them."""
-        self._policy = _Sent(weights=ray.put(dict(weights)), version=version)
-        self._send_to_all("load_weights", self._policy)
-
-    def load_judge_weights(self, weights: Weights, version: int) -> None:
-        """Give every actor a new judge snapshot."""
-        self._judge = _Sent(weights=ray.put(dict(weights)), version=version)
-        self._send_to_all("load_judge_weights", self._judge)
-
-    def play(self, jobs: Sequence[GroupJob]) -> list[Group]:
-        """Play all jobs, spread over the actors; groups come back in the order of the jobs.
-
-        Raises ``RuntimeError`` when the same jobs outlive ``max_retries`` replacements of their actor.
+        They are returned and not put into the object store, where they would die with this worker
+        (``posttrain.rollout.ray_store``). Small arrays, which would not lie in shared memory, come with their group.
         """
-        shares = [list(range(i, len(jobs), len(self._actors))) for i in range(len(self._actors))]
-        pending = {i: self._submit(i, [jobs[j] for j in share]) for i, share in enumerate(shares) if share}
-        groups: list[Group | None] = [None] * len(jobs)
-        for i, future in pending.items():
-            for j, group in zip(shares[i], self._collect(i, future, [jobs[j] for j in shares[i]]), strict=True):
-                groups[j] = group
-        return [group for group in groups if group is not None]
+        async for index, group in self._player.play_each(jobs):
+            light, arrays = split(group, small=SMALL_BYTES)
+            yield index, light, len(arrays)
+            for each in arrays:
+                yield each
 
-    def _submit(self, index: int, jobs: Sequence[GroupJob]) -> Any:
-        return self._actors[index].play.remote(list(jobs))
-
-    def _collect(self, index: int, future: Any, jobs: Sequence[GroupJob]) -> list[Group]:
-        for retries_left in reversed(range(1 + self._spec.workers.max_retries)):
-            try:
-                return ray.get(future, timeout=self._patience_s(jobs))
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as failure:
-                logger.warning("rollout worker %d is replaced: %s", index, type(failure).__name__)
-                self._replace(index)
-                if retries_left:
-                    self.counters.jobs_replayed += len(jobs)
-                    future = self._submit(index, jobs)
-        raise RuntimeError(
-            f"rollout worker {index} died or hung {1 + self._spec.workers.max_retries} times on the same "
-            f"{len(jobs)} groups; see its log under the Ray session folder, and raise workers.max_retries or "
-            "workers.episode_deadline_s if the work is merely slow"
-        )
-
-    def _patience_s(self, jobs: Sequence[GroupJob]) -> float:
-        """Longest time the jobs can take when every deadline inside the actor holds."""
-        workers = self._spec.workers
-        waves = -(-sum(job.num_rollouts for job in jobs) // workers.max_concurrent_episodes)
-        per_attempt = workers.episode_deadline_s * (1 + workers.max_retries) + workers.reward_deadline_s
-        return waves * per_attempt + 60.0
-
-    def _start_actor(self) -> Any:
-        workers = self._spec.workers
-        actor_class: Any = ray.remote(RolloutWorker)
-        options = {"num_cpus": workers.cpus_per_actor, "num_gpus": workers.gpus_per_actor, "max_concurrency": 64}
-        return actor_class.options(**options).remote(self._spec)
-
-    def _replace(self, index: int) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(self._actors[index])
-        self._actors[index] = self._start_actor()
-        self.counters.actors_replaced += 1
-        for method, sent in (("load_weights", self._policy), ("load_judge_weights", self._judge)):
-            if sent.weights is not None:
-                ray.get(getattr(self._actors[index], method).remote(sent.weights, sent.version))
-
-    def _send_to_all(self, method: str, sent: _Sent) -> None:
-        for index, actor in enumerate(self._actors):
-            try:
-                ray.get(getattr(actor, method).remote(sent.weights, sent.version))
-            except ray.exceptions.RayError:
-                # Dead, or alive with an engine that has stopped. Weights that do not fit fail again, in the new one.
-                self._replace(index)
-
-
-@contextlib.contextmanager
-def ray_session(workers: Workers) -> Iterator[None]:
-    """A Ray to work on: the cluster named by ``RAY_ADDRESS`` if there is one, else a local one of our own."""
-    if ray.is_initialized():
-        yield
-        return
-    # Named, since without an address Ray joins whatever cluster was started on this machine last.
-    settings: dict[str, Any] = {"address": os.environ.get("RAY_ADDRESS") or "local"}
-    if settings["address"] == "local":
-        settings["num_cpus"] = max(os.cpu_count() or 1, int(np.ceil(workers.num_actors * workers.cpus_per_actor)))
-        settings["include_dashboard"] = False
-        settings["object_store_memory"] = 1 << 30
-    # Workers import what recipe files and their neighbours define, so they search where this process does.
-    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    async def counters(self) -> dict[str, float]:
+        """What went wrong around the policy since the worker was made. Answered at once by a worker that lives."""
+        counts = {name: float(count) for name, count in asdict(self._player.counters).items()}
+        return counts | {"engine_losses": float(self._engine.lost), "left_behind": float(self._player.left_behind)}

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, SandboxError
-from posttrain.protocols import Engine, Environment, Episode, KeepsBoxes, Reward, Sandbox, Substrate
+from posttrain.protocols import Completer, Environment, Episode, KeepsBoxes, Reward, Sandbox, Substrate
 from posttrain.types import (
     FinishReason,
     IntArray,
@@ -37,11 +38,29 @@ from posttrain.types import (
 class Policy:
     """What a rollout needs to let a model speak."""
 
-    engine: Engine
+    engine: Completer
     chat: ChatFormat
     sampling: Sampling
     max_sequence_tokens: int
     seed: int
+    player: str = ""
+    """Whose rollout it is, where several models play under the same rollout ids."""
+
+    def owner(self, rollout_id: str) -> str:
+        """Prefix of the ids of a rollout's requests."""
+        return f"{rollout_id}~{self.player}/" if self.player else f"{rollout_id}/"
+
+
+DATA_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
+"""What a task's data or an environment's code raises, and would raise again; anything else is the machinery's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +82,45 @@ class Boxes:
                 opening = self.substrate.open(spec)
             async with opening as box:
                 yield box
+
+
+class EpisodeClock:
+    """The time an episode takes, which does not run while the model speaks: a deadline that long answers can pass would
+    let the short ones through. An engine that does not answer is for those to notice who look after engines.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._timeout: asyncio.Timeout | None = None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Cancel what is inside when the limit is passed; ``TimeoutError`` then."""
+        async with asyncio.timeout(self.limit_s) as self._timeout:
+            yield
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock."""
+        loop = asyncio.get_running_loop()
+        assert self._timeout is not None
+        ends = self._timeout.when()
+        left_s = self.limit_s if ends is None else ends - loop.time()
+        self._timeout.reschedule(None)
+        try:
+            yield
+        finally:
+            if not self._timeout.expired():
+                self._timeout.reschedule(loop.time() + left_s)
+
+    @property
+    def expired(self) -> bool:
+        return self._timeout is not None and self._timeout.expired()
+
+    def overdue_s(self) -> float:
+        """Seconds since the limit was passed; negative before."""
+        ends = None if self._timeout is None else self._timeout.when()
+        return -math.inf if ends is None else asyncio.get_running_loop().time() - ends
 
 
 @dataclass(slots=True)
@@ -87,7 +145,7 @@ async def run_rollout(
     policy: Policy,
     environment: Environment,
     boxes: Boxes,
-    deadline_s: float,
+    clock: EpisodeClock,
 ) -> Rollout:
     """Play one task to its end. Never raises for what goes wrong inside; the rollout says so instead.
 
@@ -98,24 +156,25 @@ async def run_rollout(
     transcript = _Transcript()
     artifacts: dict[str, bytes] = {}
     error: str | None = None
-    clock = asyncio.timeout(deadline_s)
     try:
-        async with clock, contextlib.AsyncExitStack() as stack:
+        async with clock.running(), contextlib.AsyncExitStack() as stack:
             box = None
             if task.sandbox is not None:
                 box = await stack.enter_async_context(boxes.open(task.sandbox, attempt=attempt))
-            episode = environment.start(task, box)
+            starting = environment.start(task, box)
+            episode = await starting if inspect.isawaitable(starting) else starting
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
-            while await _play_turn(rollout_id, transcript, policy=policy, episode=episode):
+            while await _play_turn(rollout_id, transcript, policy, episode, clock, max_turns=environment.max_turns):
                 if len(transcript.turns) == environment.max_turns:
                     transcript.stop = StopReason.TURNS
                     break
             artifacts = dict(await episode.artifacts())
     except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
-        if clock.expired():
-            transcript.stop, error = StopReason.DEADLINE, f"episode passed its deadline of {deadline_s:g} s"
+        if clock.expired:
+            transcript.stop, error = StopReason.DEADLINE, f"episode passed its deadline of {clock.limit_s:g} s"
         else:
-            transcript.stop, error = StopReason.ERROR, f"{type(failure).__name__}: {failure}"
+            transcript.stop = StopReason.INVALID if isinstance(failure, DATA_ERRORS) else StopReason.ERROR
+            error = f"{type(failure).__name__}: {failure}"
     return Rollout(
         id=rollout_id,
         task=task,
@@ -127,8 +186,11 @@ async def run_rollout(
     )
 
 
-async def _play_turn(rollout_id: str, transcript: _Transcript, *, policy: Policy, episode: Episode) -> bool:
+async def _play_turn(
+    rollout_id: str, transcript: _Transcript, policy: Policy, episode: Episode, clock: EpisodeClock, *, max_turns: int
+) -> bool:
     """One policy call and the world's answer; False when the episode is over."""
+    turn = len(transcript.turns)
     sequence = transcript.sequence()
     room = policy.max_sequence_tokens - len(sequence)
     if room < 1:
@@ -139,14 +201,16 @@ async def _play_turn(rollout_id: str, transcript: _Transcript, *, policy: Policy
             )
         transcript.stop = StopReason.LENGTH
         return False
-    completion = await policy.engine.generate(
-        Request(
-            id=f"{rollout_id}/{len(transcript.turns)}",
-            prompt_ids=sequence,
-            sampling=replace(policy.sampling, max_tokens=min(policy.sampling.max_tokens, room)),
-            seed=policy.seed,
-        )
+    request = Request(
+        id=f"{policy.owner(rollout_id)}{turn}",
+        prompt_ids=sequence,
+        sampling=replace(policy.sampling, max_tokens=min(policy.sampling.max_tokens, room)),
+        seed=policy.seed,
+        stream=f"{rollout_id}/{turn}",
+        continued=turn + 1 < max_turns,
     )
+    with clock.paused():
+        completion = await policy.engine.generate(request)
     text = policy.chat.decode(completion.token_ids)
     cut_off = completion.finish is FinishReason.LENGTH
     observations = None if cut_off else await episode.respond(text)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
-from posttrain.protocols import Engine, Environment, GroupReward, PolicyJudged, Reward, Substrate
-from posttrain.rollout.episode import Boxes, Policy, checked, run_rollout, score_rollout, unscored
-from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, Task
+from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reward, Substrate
+from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
+from posttrain.rollout.outcomes import Outcomes
+from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, StopReason, Task
+
+GRACE_S = 5.0
+"""How long an episode past its deadline may take to end; after that it is left behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,7 @@ class GroupJob:
 class EngineAsk:
     """Lets an engine answer judge prompts (``posttrain.protocols.Ask``)."""
 
-    engine: Engine
+    engine: Completer
     chat: ChatFormat
 
     async def __call__(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> str:
@@ -63,67 +68,175 @@ class EngineAsk:
         return self.chat.decode(completion.token_ids)
 
 
+@dataclass(slots=True)
+class PlayCounters:
+    """What went wrong around the policy, rollout by rollout."""
+
+    retried_attempts: int = 0
+    """Attempts given up for a reason that is not the policy's, and made again."""
+    invalid_rollouts: int = 0
+    """Rollouts whose task or environment is at fault: not tried again."""
+    abandoned_episodes: int = 0
+    """Episodes that did not end when they were told to, and were left behind."""
+    resumed_rollouts: int = 0
+    """Rollouts found finished in what an earlier process left."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """What the rollouts of one call share."""
+
+    boxes: Boxes
+    places: asyncio.Semaphore
+
+
 class Player:
-    """Turns jobs into groups. One failing rollout never ends its group, one failing reward never its run."""
+    """Turns jobs into groups. One failing rollout never ends its group, one failing reward never its run.
+
+    With ``outcomes`` every finished rollout is recorded with its score before its tokens leave the engine's journal,
+    and one that is found there is not played again.
+    """
 
     def __init__(
         self,
         *,
-        engine: Engine,
-        judge_engine: Engine | None,
+        engine: Completer,
+        judge_engine: Completer | None,
         chat: ChatFormat,
         substrate: Substrate | None,
         workers: Workers,
+        outcomes: Outcomes | None = None,
     ) -> None:
         self._engine = engine
         self._chat = chat
         self._ask = EngineAsk(engine=judge_engine, chat=chat) if judge_engine is not None else None
         self._workers = workers
         self._substrate = substrate
+        self._outcomes = outcomes
+        self._unkept: dict[str, tuple[Rollout, Score]] = {}
+        self._disk = asyncio.Lock()
+        self._left_behind: set[asyncio.Task[Any]] = set()
+        self.counters = PlayCounters()
 
     async def play(self, jobs: Sequence[GroupJob]) -> list[Group]:
         """The groups of all jobs, in order."""
-        boxes = Boxes(substrate=self._substrate, limit=asyncio.Semaphore(self._workers.max_concurrent_sandboxes))
-        places = asyncio.Semaphore(self._workers.max_concurrent_episodes)
-        return list(await asyncio.gather(*(self._play_group(job, boxes, places) for job in jobs)))
+        groups = {index: group async for index, group in self.play_each(jobs)}
+        return [groups[index] for index in range(len(jobs))]
 
-    async def _play_group(self, job: GroupJob, boxes: Boxes, places: asyncio.Semaphore) -> Group:
-        scored = await asyncio.gather(
-            *(self._attempt(job, f"{job.id}/{i}", boxes, places) for i in range(job.num_rollouts))
+    async def play_each(self, jobs: Sequence[GroupJob]) -> AsyncIterator[tuple[int, Group]]:
+        """The groups of all jobs as they become complete, each with the index of its job."""
+        stage = _Stage(
+            boxes=Boxes(substrate=self._substrate, limit=asyncio.Semaphore(self._workers.max_concurrent_sandboxes)),
+            places=asyncio.Semaphore(self._workers.max_concurrent_episodes),
         )
+        tasks = [asyncio.create_task(self._play_group(index, job, stage)) for index, job in enumerate(jobs)]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _play_group(self, index: int, job: GroupJob, stage: _Stage) -> tuple[int, Group]:
+        scored = await asyncio.gather(*(self._rollout(job, f"{job.id}/{i}", stage) for i in range(job.num_rollouts)))
         rollouts = tuple(rollout for rollout, _ in scored)
         if isinstance(job.play.reward, GroupReward):
-            return Group(task=job.task, rollouts=rollouts, scores=await self._score_group(job.play.reward, rollouts))
-        return Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
+            return index, Group(
+                task=job.task, rollouts=rollouts, scores=await self._score_group(job.play.reward, rollouts)
+            )
+        return index, Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
 
-    async def _attempt(
-        self, job: GroupJob, rollout_id: str, boxes: Boxes, places: asyncio.Semaphore
-    ) -> tuple[Rollout, Score]:
-        """One rollout and its score; machinery failures are tried again with the same random numbers, in a new box."""
+    async def _rollout(self, job: GroupJob, rollout_id: str, stage: _Stage) -> tuple[Rollout, Score]:
+        """One rollout and its score, from the record if it is there."""
         policy = Policy(
             engine=self._engine,
             chat=self._chat,
             sampling=job.play.sampling,
             max_sequence_tokens=job.play.max_sequence_tokens,
             seed=job.seed,
+            player=job.player,
         )
+        name = f"{rollout_id}~{job.player}" if job.player else rollout_id
+        if self._outcomes is not None and (found := self._outcomes.get(name)) is not None:
+            self.counters.resumed_rollouts += 1
+            return found
+        async with stage.places:
+            rollout = await self._attempts(job, rollout_id, policy, stage)
+            score = await self._score(job.play.reward, rollout, stage.boxes)
+        # What the machinery failed at is left out: it deserves another try when the run is resumed.
+        worked = not rollout.failed and score.status in (ScoreStatus.OK, ScoreStatus.VETOED)
+        if self._outcomes is not None and worked:
+            await self._keep(self._outcomes, name, (rollout, score))
+            self._engine.forget(policy.owner(rollout_id))
+        return rollout, score
+
+    async def _keep(self, outcomes: Outcomes, name: str, value: tuple[Rollout, Score]) -> None:
+        """Return when it is on the disk, where all that finish in one tick, or while the disk is busy, go together."""
+        self._unkept[name] = value
+        await asyncio.sleep(0)
+        async with self._disk:
+            if name not in self._unkept:
+                # Whoever had the disk before has taken it along.
+                return
+            batch, self._unkept = self._unkept, {}
+            try:
+                await asyncio.to_thread(outcomes.put, batch)
+            except BaseException:
+                # Each of them is to fail, or to be written by another.
+                self._unkept = batch | self._unkept
+                raise
+
+    async def _attempts(self, job: GroupJob, rollout_id: str, policy: Policy, stage: _Stage) -> Rollout:
+        """Play a rollout; machinery failures are tried again with the same random numbers, in a new box."""
         failures: tuple[str, ...] = ()
-        async with places:
-            for attempt in range(1 + self._workers.max_retries):
-                rollout = await run_rollout(
-                    rollout_id,
-                    job.task,
-                    attempt=f"{job.player}/{rollout_id}@{attempt}",
-                    policy=policy,
-                    environment=job.play.environment,
-                    boxes=boxes,
-                    deadline_s=self._workers.episode_deadline_s,
-                )
-                rollout = replace(rollout, failures=failures)
-                if not rollout.failed:
-                    break
-                failures = (*failures, str(rollout.error))
-            return rollout, await self._score(job.play.reward, rollout, boxes)
+        for attempt in range(1 + self._workers.max_retries):
+            clock = EpisodeClock(self._workers.episode_deadline_s)
+            playing = run_rollout(
+                rollout_id,
+                job.task,
+                attempt=f"{job.player}/{rollout_id}@{attempt}",
+                policy=policy,
+                environment=job.play.environment,
+                boxes=stage.boxes,
+                clock=clock,
+            )
+            rollout = await self._or_abandon(playing, clock, rollout_id, job.task)
+            rollout = replace(rollout, failures=failures)
+            if not rollout.failed:
+                break
+            if rollout.stop is StopReason.INVALID:
+                self.counters.invalid_rollouts += 1
+                break
+            if attempt < self._workers.max_retries:
+                self.counters.retried_attempts += 1
+            failures = (*failures, str(rollout.error))
+        return rollout
+
+    async def _or_abandon(
+        self, playing: Coroutine[Any, Any, Rollout], clock: EpisodeClock, rollout_id: str, task: Task
+    ) -> Rollout:
+        """The rollout, or a failed one in its place when an environment will not end even after its deadline."""
+        episode = asyncio.create_task(playing)
+        while not episode.done() and clock.overdue_s() < GRACE_S:
+            try:
+                await asyncio.wait({episode}, timeout=clock.limit_s + GRACE_S)
+            except asyncio.CancelledError:
+                episode.cancel()
+                raise
+        if episode.done():
+            return episode.result()
+        self.counters.abandoned_episodes += 1
+        self._left_behind.add(episode)
+        episode.add_done_callback(self._left_behind.discard)
+        error = (
+            f"the environment did not end {GRACE_S:g} s after its deadline of {clock.limit_s:g} s; it was left behind"
+        )
+        return Rollout(id=rollout_id, task=task, turns=(), stop=StopReason.DEADLINE, error=error)
+
+    @property
+    def left_behind(self) -> int:
+        """Episodes that were given up and still hold their places and boxes."""
+        return len(self._left_behind)
 
     async def _score(self, reward: Reward | GroupReward | None, rollout: Rollout, boxes: Boxes) -> Score:
         if reward is None or isinstance(reward, GroupReward):

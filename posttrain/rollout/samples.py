@@ -10,7 +10,7 @@ import numpy as np
 
 from posttrain.config import GRPO
 from posttrain.learner.advantages import group_advantages
-from posttrain.types import Group, Rollout, Sample, StopReason
+from posttrain.types import AnyRollout, Group, Sample, StopReason, Tokens
 
 AdvantageRows = Sequence[Sequence[float]]
 """Per group, per rollout; NaN where a rollout is left out of the update."""
@@ -27,9 +27,9 @@ def group_advantage_rows(groups: Sequence[Group], config: GRPO, *, min_group_siz
 def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRPO) -> list[Sample]:
     """What the policy gradient acts on: every rollout with an advantage.
 
-    Rollouts without gradient stay as rows of the normaliser but lose their loss mask, and so cost no forward
-    pass: those with advantage zero, unless a KL or entropy term would still act on them (which makes the token
-    normaliser that of DAPO's dynamic sampling, arXiv 2503.14476), and truncated ones where the recipe masks them.
+    Rollouts without gradient stay as rows of the normaliser but are silent, and so cost no forward pass: those with
+    advantage zero, unless a KL or entropy term would still act on them (which makes the token normaliser that of
+    DAPO's dynamic sampling, arXiv 2503.14476), and truncated ones where the recipe masks them.
     """
     keep_zero = config.beta > 0 or config.entropy_coef != 0
     samples = []
@@ -40,12 +40,11 @@ def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRP
             silent = (advantage == 0 and not keep_zero) or (
                 config.mask_truncated_completions and rollout.stop is StopReason.LENGTH
             )
-            sample = sample_of(rollout, advantage=advantage)
-            samples.append(replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) if silent else sample)
+            samples.append(replace(sample_of(rollout, advantage=advantage), silent=silent))
     return samples
 
 
-def distill_samples(rollouts: Iterable[Rollout], weights: dict[str, float]) -> list[Sample]:
+def distill_samples(rollouts: Iterable[AnyRollout], weights: dict[str, float]) -> list[Sample]:
     """Samples routed to the teacher of their domain, with the teacher's weight w_i.
 
     Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays.
@@ -57,15 +56,41 @@ def distill_samples(rollouts: Iterable[Rollout], weights: dict[str, float]) -> l
     ]
 
 
-def sample_of(rollout: Rollout, *, advantage: float = 0.0, teacher: str | None = None, weight: float = 1.0) -> Sample:
+def without_stale_tokens(samples: Sequence[Sample], *, oldest: int) -> list[Sample]:
+    """The same samples, their tokens of weight versions below ``oldest`` without loss."""
+    return [_without_stale_tokens(sample, oldest) for sample in samples]
+
+
+def _without_stale_tokens(sample: Sample, oldest: int) -> Sample:
+    versions = sample.tokens.version_range
+    if versions is None or versions[0] >= oldest:
+        return sample
+    arrays = sample.load()
+    fresh = replace(arrays, loss_mask=arrays.loss_mask & (arrays.versions >= oldest))
+    sample.tokens.free()
+    return replace(sample, tokens=Tokens.of(fresh))
+
+
+def staleness_metrics(groups: Sequence[Group], step: int, *, oldest: int) -> dict[str, float]:
+    """How many learner steps old the oldest token of each rollout is, and how many rollouts lose tokens for it."""
+    ranges = [rollout.tokens.version_range for group in groups for rollout in group.rollouts]
+    ages = [step - versions[0] for versions in ranges if versions is not None]
+    return {
+        "staleness": _mean(ages),
+        "max_staleness": float(max(ages, default=0)),
+        "stale_rollouts": float(sum(step - age < oldest for age in ages)),
+    }
+
+
+def sample_of(
+    rollout: AnyRollout, *, advantage: float = 0.0, teacher: str | None = None, weight: float = 1.0
+) -> Sample:
+    """The light sample; its arrays stay where the rollout's are."""
     return Sample(
         id=rollout.id,
         task_id=rollout.task.id,
         domain=rollout.task.domain,
-        token_ids=rollout.token_ids,
-        loss_mask=rollout.loss_mask,
-        logprobs=rollout.logprobs,
-        versions=rollout.versions,
+        tokens=rollout.tokens,
         advantage=advantage,
         teacher=teacher,
         weight=weight,
@@ -88,7 +113,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "repeated_attempts": float(sum(len(rollout.failures) for rollout in rollouts)),
         "completion_tokens": generated / count,
         "truncated": sum(rollout.stop is StopReason.LENGTH for rollout in rollouts) / count,
-        "turns": sum(len(rollout.turns) for rollout in rollouts) / count,
+        "turns": sum(rollout.num_turns for rollout in rollouts) / count,
         "generated_tokens": generated,
     }
 
@@ -111,5 +136,5 @@ def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     } | {f"reward/{name}": _mean(found) for name, found in sorted(parts.items())}
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float | int]) -> float:
     return float(np.mean(values)) if values else math.nan

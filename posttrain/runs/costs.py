@@ -15,7 +15,10 @@ def summarise_costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "generated tokens": _total(played, "generated_tokens"),
         "rollouts that failed": _total(played, "failed_rollouts"),
         "rollouts unscored": _total([line for line in played if line["stage"] != "distill"], "unscored"),
-        "rollout workers replaced": _total(played, "actors_replaced"),
+        "engines and workers replaced": _total(played, "engines_replaced") + _total(played, "workers_replaced"),
+        "tokens taken up from the journal": _total(played, "resumed_tokens"),
+        "rollouts taken up finished": _total(played, "resumed_rollouts"),
+        "seconds paused": _total(played, "paused_s"),
     }
     if distilled:
         cached_tokens = _total(distilled, "loss_tokens")

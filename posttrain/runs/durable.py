@@ -45,7 +45,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -144,7 +144,8 @@ def _start_of_last_line(descriptor: int, size: int, block: int = 1 << 16) -> int
     return 0
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the creation, renaming and removal of files in it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from posttrain.runs.durable import JsonLines, Record
 from posttrain.runs.rundir import StageDir
-from posttrain.types import Group, Rollout, Score
+from posttrain.types import AnyRollout, Group, Score
 
 
 class RolloutLog:
@@ -41,9 +41,9 @@ class RolloutLog:
         return self._lines.keep(lambda record: record["step"] <= step)
 
 
-def rollout_record(rollout: Rollout, score: Score) -> Record:
+def rollout_record(rollout: AnyRollout, score: Score) -> Record:
     """One rollout and its score as JSON data, the task first and the verdict last."""
-    versions = rollout.versions[rollout.loss_mask]
+    tokens = rollout.tokens
     return {
         "id": rollout.id,
         "task": rollout.task.id,
@@ -54,8 +54,8 @@ def rollout_record(rollout: Rollout, score: Score) -> Record:
         "stop": rollout.stop.value,
         "error": rollout.error,
         "failures": list(rollout.failures),
-        "tokens": {"generated": rollout.num_generated, "total": len(rollout.token_ids)},
-        "versions": [int(versions.min()), int(versions.max())] if len(versions) else None,
+        "tokens": {"generated": tokens.num_loss_tokens, "total": tokens.num_tokens},
+        "versions": None if tokens.version_range is None else list(tokens.version_range),
         "wall_s": round(rollout.wall_s, 3),
         "score": score.value,
         "status": score.status.value,

@@ -74,6 +74,8 @@ class RunDir:
         self.report_html = self.path / "report.html"
         self.report_json = self.path / "report.json"
         self.boxes = self.path / "boxes"
+        self.rollouts = self.path / "rollouts"
+        """What an interrupted run needs to go on without generating anything twice; empty after the run."""
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the directory for this process; ``RecipeError`` when another process has it."""

@@ -9,22 +9,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
-
 from posttrain.config import Distill, Domain, Recipe
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import RecipeError
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import DistillObjective
 from posttrain.models import load_tokenizer
+from posttrain.preemption import PREEMPTION
 from posttrain.protocols import OpenTeachers, Teacher
-from posttrain.rollout.player import GroupJob
+from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.samples import distill_samples, rollout_metrics
+from posttrain.rollout.stream import GroupStream
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.grpo import take_tasks
 from posttrain.stages.session import Session
-from posttrain.types import IntArray, Sample, Task
+from posttrain.types import IntArray, Sample, Task, TokenArrays, Tokens
 
 ITSELF = "the student itself"
 """The name of a teacher that is the student's starting point, which is asked nothing but whether they agree."""
@@ -37,9 +37,10 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
     config = session.recipe.distill
     assert config is not None
     weights = {name: domain.weight for name, domain in session.recipe.domains.items()}
-    learner, first = session.open_learner(stage, session.base_path, config)
+    learner, position = session.open_learner(stage, session.base_path, config)
+    first = position.step
     session.send_policy(learner, version=first)
-    tasks = interleave(session.recipe, config, skip_steps=first)
+    stream = open_stream(session, stage, config, first)
     teachers = teachers_of(session.recipe.domains, config, specialists)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
@@ -51,19 +52,23 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
         if first == 0:
             check_self_distillation(learner, objective, opened, probes[ITSELF])
         for step in range(first, config.max_steps):
-            groups = session.rollouts.play(_jobs(session, f"{stage.name}/{step}", next(tasks)))
-            session.check_scored(stage, groups)
-            samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-            opened.cache_states(samples)
-            metrics = rollout_metrics(groups) | session.rollouts.take_counters()
-            metrics |= learner.update(samples, objective) | dict(opened.costs())
-            opened.store.free(sample.id for sample in samples)
-            session.send_policy(learner, version=step + 1)
-            log.write_groups(groups, step)
-            session.metrics.log(stage.name, step + 1, metrics)
-            progress.update(step + 1, metrics)
-            if (step + 1) % config.save_steps == 0:
-                learner.save_checkpoint(stage.checkpoints, {"next_step": step + 1})
+            with session.waiting(learner, stage, step, stream):
+                groups = stream.take()
+            with PREEMPTION.postponed():
+                session.check_scored(stage, groups)
+                samples = distill_samples((r for g in groups for r in g.rollouts), weights)
+                opened.cache_states(samples)
+                metrics = rollout_metrics(groups) | session.rollouts.take_counters()
+                metrics["paused_s"] = stream.take_paused_s()
+                metrics |= learner.update(samples, objective) | dict(opened.costs())
+                opened.store.free(sample.id for sample in samples)
+                free_groups(groups)
+                session.send_policy(learner, version=step + 1)
+                log.write_groups(groups, step)
+                session.metrics.log(stage.name, step + 1, metrics)
+                progress.update(step + 1, metrics)
+                if (step + 1) % config.save_steps == 0:
+                    session.save_checkpoint(learner, stage, step + 1, stream)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -96,10 +101,7 @@ def check_self_distillation(
             id=f"{ITSELF}-{index}",
             task_id="probe",
             domain=ITSELF,
-            token_ids=probe,
-            loss_mask=np.arange(len(probe)) > 0,
-            logprobs=np.zeros(len(probe), np.float32),
-            versions=np.zeros(len(probe), np.int32),
+            tokens=Tokens.of(TokenArrays.unsampled(probe)),
             teacher=ITSELF,
         )
         for index, probe in enumerate(probes)
@@ -147,5 +149,13 @@ def interleave(recipe: Recipe, config: Distill, *, skip_steps: int) -> Iterator[
         yield [task for row in itertools.zip_longest(*drawn) for task in row if task is not None]
 
 
-def _jobs(session: Session, prefix: str, tasks: list[Task]) -> list[GroupJob]:
-    return [session.job(f"{prefix}/{i}", task, num_rollouts=1, scored=False) for i, task in enumerate(tasks)]
+def open_stream(session: Session, stage: StageDir, config: Distill, first: int) -> GroupStream:
+    """One rollout of each task of each step, from step ``first`` on."""
+    steps = interleave(session.recipe, config, skip_steps=first)
+    per_step = sum(shares(session.recipe.domains, config.rollouts_per_step).values())
+    jobs = (
+        (step * per_step + i, session.job(f"{stage.name}/{step}/{i}", task, num_rollouts=1, scored=False))
+        for step, tasks in enumerate(steps, first)
+        for i, task in enumerate(tasks)
+    )
+    return session.open_stream(jobs, per_step, max_staleness=0)

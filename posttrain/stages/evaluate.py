@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from posttrain.rollout.arrays import free_groups
 from posttrain.runs.evaluation import ModelName, ModelScores, scores_path
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
@@ -83,6 +84,7 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
     greedy = [job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]
     sampled = [job(f"{prefix}/{i}", t, num_rollouts=settings.num_samples) for i, t in enumerate(tasks)]
     groups = session.rollouts.play(greedy + sampled)
+    free_groups(groups)
     scores = ModelScores(
         domain=entrant.domain,
         model=entrant.model,

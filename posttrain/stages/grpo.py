@@ -14,11 +14,20 @@ from pathlib import Path
 from posttrain.config import GRPO, Domain
 from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import GrpoObjective
-from posttrain.rollout.samples import group_advantage_rows, group_metrics, grpo_samples
+from posttrain.preemption import PREEMPTION
+from posttrain.rollout.arrays import free_groups
+from posttrain.rollout.samples import (
+    group_advantage_rows,
+    group_metrics,
+    grpo_samples,
+    staleness_metrics,
+    without_stale_tokens,
+)
+from posttrain.rollout.stream import GroupStream
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
-from posttrain.stages.session import Session
-from posttrain.types import Group, Sample, Task
+from posttrain.stages.session import Position, Session
+from posttrain.types import Sample, Task
 
 COUNTS = ("tokens", "loss_tokens", "micro_batches")
 """Metrics of an optimizer step that are counted, not averaged."""
@@ -29,7 +38,8 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     domain = session.recipe.domains[domain_name]
     assert domain.grpo is not None
     config = domain.grpo
-    learner, first = session.open_learner(stage, start, config)
+    learner, position = session.open_learner(stage, start, config)
+    first = position.step
     objective = GrpoObjective(
         config=config,
         max_completion_tokens=domain.sampling.max_tokens * domain.environment.max_turns,
@@ -37,29 +47,34 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
         reference=learner.reference if config.beta > 0 else None,
     )
     session.send_policy(learner, version=first)
+    stream = open_stream(session, stage, domain, config, position)
     judge = JudgeSnapshots(session, learner, folder=stage.judges) if session.judged_by_policy(domain_name) else None
     if judge is not None:
         judge.restore(first, start)
-    tasks = take_tasks(domain, session.recipe.seed, skip=first * config.groups_per_step)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     for step in range(first, config.max_steps):
         if judge is not None:
             judge.refresh(step)
-        groups = play_groups(session, f"{stage.name}/{step}", itertools.islice(tasks, config.groups_per_step), config)
-        session.check_scored(stage, groups)
-        advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
-        samples = grpo_samples(groups, advantages, config)
-        metrics = group_metrics(groups) | session.rollouts.take_counters()
-        order = f"{session.recipe.seed}/{stage.name}/{step}"
-        updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
-        metrics |= merge_updates(updates)
-        session.send_policy(learner, version=step + 1)
-        log.write_groups(groups, step, advantages=advantages)
-        session.metrics.log(stage.name, step + 1, metrics)
-        progress.update(step + 1, metrics)
-        if (step + 1) % config.save_steps == 0:
-            learner.save_checkpoint(stage.checkpoints, {"next_step": step + 1})
+        with session.waiting(learner, stage, step, stream):
+            groups = stream.take()
+        with PREEMPTION.postponed():
+            session.check_scored(stage, groups)
+            advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
+            oldest = step - config.max_staleness
+            metrics = group_metrics(groups) | staleness_metrics(groups, step, oldest=oldest)
+            metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
+            samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
+            order = f"{session.recipe.seed}/{stage.name}/{step}"
+            updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
+            metrics |= merge_updates(updates)
+            free_groups(groups)
+            session.send_policy(learner, version=step + 1)
+            log.write_groups(groups, step, advantages=advantages)
+            session.metrics.log(stage.name, step + 1, metrics)
+            progress.update(step + 1, metrics)
+            if (step + 1) % config.save_steps == 0:
+                session.save_checkpoint(learner, stage, step + 1, stream)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -79,24 +94,43 @@ def take_tasks(domain: Domain, seed: int, *, skip: int) -> Iterator[Task]:
     return itertools.islice(endless(), skip, None)
 
 
-def play_groups(session: Session, prefix: str, tasks: Iterator[Task], config: GRPO) -> list[Group]:
-    jobs = [session.job(f"{prefix}/{i}", task, num_rollouts=config.num_generations) for i, task in enumerate(tasks)]
-    return session.rollouts.play(jobs)
+def open_stream(session: Session, stage: StageDir, domain: Domain, config: GRPO, position: Position) -> GroupStream:
+    """The stage's groups from where its checkpoint left off, those that were under way then before all others."""
+    # Exactly as many as the stage will learn from, so that none is under way when it ends.
+    tasks = itertools.islice(
+        enumerate(take_tasks(domain, session.recipe.seed, skip=0)), config.max_steps * config.groups_per_step
+    )
+    begun = position.step * config.groups_per_step + len(position.pending)
+    resumed = ((number, task) for number, task in itertools.islice(tasks, begun) if number in position.pending)
+    jobs = (
+        (number, session.job(_job_id(stage, number, config), task, num_rollouts=config.num_generations))
+        for number, task in itertools.chain(resumed, tasks)
+    )
+    return session.open_stream(jobs, config.groups_per_step, config.max_staleness)
+
+
+def _job_id(stage: StageDir, number: int, config: GRPO) -> str:
+    step, index = divmod(number, config.groups_per_step)
+    return f"{stage.name}/{step}/{index}"
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:
     """The optimizer steps of one rollout batch: ``num_iterations`` shuffled passes over the samples.
 
-    A mini-batch in which nothing carries loss (all groups agree) is no step.
+    A mini-batch in which nothing carries loss (all groups agree) is no step. Its per-token arrays are freed when the
+    next one is asked for in the last pass.
     """
     rng = random.Random(seed)
-    for _ in range(config.num_iterations):
+    for passes_left in reversed(range(config.num_iterations)):
         order = list(samples)
         rng.shuffle(order)
         for i in range(config.minibatches_per_step):
             minibatch = order[i :: config.minibatches_per_step]
             if any(sample.num_loss_tokens for sample in minibatch):
                 yield minibatch
+            if not passes_left:
+                for sample in minibatch:
+                    sample.tokens.free()
 
 
 def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

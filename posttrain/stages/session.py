@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from posttrain.config import GRPO, Distill, Recipe
 from posttrain.engine.weights import export_weights
-from posttrain.errors import RecipeError
+from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.learner import Learner
 from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
+from posttrain.preemption import PREEMPTION
 from posttrain.protocols import KeepsBoxes, PolicyJudged
 from posttrain.rollout.player import GroupJob, Play
+from posttrain.rollout.stream import GroupStream
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
@@ -27,7 +29,16 @@ from posttrain.types import Group, Sampling, ScoreStatus, Task
 if TYPE_CHECKING:
     import torch
 
-    from posttrain.rollout.actors import RolloutService
+    from posttrain.rollout.service import RolloutService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a stage goes on."""
+
+    step: int
+    pending: tuple[int, ...] = ()
+    """Numbers of the jobs that were started before and not learned from."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +58,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     @cached_property
     def base_path(self) -> str:
@@ -69,7 +80,8 @@ class Session:
 
     @cached_property
     def rollouts(self) -> RolloutService:
-        from posttrain.rollout.actors import RolloutService, WorkerSpec, ray_session
+        from posttrain.rollout.actors import WorkerSpec
+        from posttrain.rollout.service import RolloutService, ray_session
 
         self._stack.enter_context(ray_session(self.recipe.workers))
         substrate = self.recipe.substrate
@@ -82,6 +94,8 @@ class Session:
             max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
             workers=self.recipe.workers,
             substrate=substrate,
+            truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
 
@@ -144,8 +158,38 @@ class Session:
         """Whether this domain's reward asks the policy itself."""
         return isinstance(self.recipe.domains[domain].reward, PolicyJudged)
 
-    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, int]:
-        """A learner at ``start`` and step 0, or as the stage's newest checkpoint left it and its next step.
+    def open_stream(
+        self, jobs: Iterator[tuple[int, GroupJob]], groups_per_step: int, max_staleness: int
+    ) -> GroupStream:
+        """The groups of a stage's jobs, step by step."""
+        return GroupStream(
+            service=self.rollouts,
+            jobs=jobs,
+            groups_per_step=groups_per_step,
+            max_staleness=max_staleness,
+            workers=self.recipe.workers,
+            on_pause=self.warn,
+        )
+
+    def save_checkpoint(self, learner: Learner, stage: StageDir, next_step: int, stream: GroupStream) -> None:
+        """Save a learner and its position in the data; records of rollouts it will not need again go."""
+        pending = stream.pending()
+        learner.save_checkpoint(stage.checkpoints, {"next_step": next_step, "pending": pending})
+        oldest = pending[0] // stream.groups_per_step if pending else next_step
+        self.rollouts.forget(stage.name, before_step=oldest)
+
+    @contextlib.contextmanager
+    def waiting(self, learner: Learner, stage: StageDir, step: int, stream: GroupStream) -> Iterator[None]:
+        """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
+        try:
+            PREEMPTION.check()
+            yield
+        except Preempted:
+            self.save_checkpoint(learner, stage, step, stream)
+            raise
+
+    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, Position]:
+        """A learner at ``start`` and step 0, or as the stage's newest checkpoint left it and where it goes on.
 
         What was logged after that checkpoint is forgotten, so that the record equals an uninterrupted run's.
         """
@@ -163,10 +207,11 @@ class Session:
             seed=self.recipe.seed,
         )
         checkpoint = latest_checkpoint(stage.checkpoints)
-        first = int(learner.load_checkpoint(checkpoint)["next_step"]) if checkpoint else 0
-        RolloutLog(stage).rewind(first - 1)
-        self.begin(stage, first)
-        return learner, first
+        saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
+        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]))
+        RolloutLog(stage).rewind(position.step - 1)
+        self.begin(stage, position.step)
+        return learner, position
 
     def begin(self, stage: StageDir, step: int) -> None:
         """Record that a stage starts, or goes on after ``step`` steps; later metrics are forgotten."""
