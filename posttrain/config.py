@@ -116,7 +116,7 @@ class GRPO(Value):
     max_staleness: int = Field(default=0, ge=0)
     """Steps that rollouts may run ahead of the learner. 0: every token of a step is drawn by the weights it updates.
     Otherwise rollouts and learning overlap, new weights reach rollouts in flight, a step takes the first groups that
-    are complete, and tokens older than this many steps carry no loss."""
+    are complete, oldest first, and tokens older than this many steps carry no loss."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     """Token budget of one packed forward pass; the number of micro-batches follows from the work."""

@@ -101,14 +101,13 @@ def test_a_run_ahead_of_its_learner_trains_on_every_group_once_over_a_kill(start
     stage = run_dir / "stages" / "grpo-vowels"
     kill_at(start_mini(run_dir, *ahead), stage, "checkpoints/step-00000[2-9]")
     saved = json.loads(max(stage.glob("checkpoints/step-*/checkpoint.json")).read_text())["caller"]
-    assert len(saved["pending"]) == 2 * 2, "two steps of two groups are under way or waiting at any time"
+    assert len(saved["pending"]) == 2, "the two groups of another step are under way while one is learned"
     process = start_mini(run_dir, *ahead, "--resume")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     lines = [line for line in metrics_of(run_dir) if line["stage"] == "grpo-vowels"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    # A step's groups began at most two steps before: one ahead, and one while the step before was learned.
-    assert 1 <= max(line["max_staleness"] for line in lines) <= 2
+    assert any(line["max_staleness"] >= 1 for line in lines), "rollouts ran a step ahead"
     rollouts = [json.loads(line) for line in (stage / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == len({rollout["id"] for rollout in rollouts}) == 5 * 2 * 4
     assert {rollout["id"].rpartition("/")[0] for rollout in rollouts} == {

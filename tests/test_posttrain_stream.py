@@ -49,9 +49,10 @@ def group(asked: GroupJob, status: ScoreStatus = ScoreStatus.OK) -> Group:
 
 @dataclass
 class Service:
-    """Completes jobs in the order that it is told to, one at a time."""
+    """Completes jobs in the order that it is told to."""
 
     order: Callable[[Sequence[GroupJob]], GroupJob] = lambda waiting: waiting[0]
+    at_once: int = 1
     outcome: Callable[[GroupJob], ScoreStatus] = lambda asked: ScoreStatus.OK
     waiting: deque[GroupJob] = field(default_factory=deque)
     submitted: list[str] = field(default_factory=list)
@@ -61,9 +62,12 @@ class Service:
         self.submitted += [asked.id for asked in jobs]
 
     def collect(self) -> list[tuple[GroupJob, Group]]:
-        done = self.order(self.waiting)
-        self.waiting.remove(done)
-        return [(done, group(done, self.outcome(done)))]
+        complete = []
+        for _ in range(min(self.at_once, len(self.waiting))):
+            done = self.order(self.waiting)
+            self.waiting.remove(done)
+            complete.append((done, group(done, self.outcome(done))))
+        return complete
 
 
 def stream_of(
@@ -92,15 +96,34 @@ def test_in_step_a_step_starts_its_own_jobs_and_gets_them_in_order():
     assert tasks(stream.take()) == ["t3", "t4", "t5"]
 
 
-def test_ahead_a_step_takes_the_first_that_are_complete_and_their_places_are_filled_at_once():
+def test_ahead_a_step_takes_the_first_that_are_complete():
     slow = "s/0"
     service = Service(order=lambda waiting: next((j for j in waiting if j.id != slow), waiting[0]))
     stream = stream_of(service, staleness=1)
     assert tasks(stream.take()) == ["t1", "t2", "t3"]
-    assert len(service.submitted) == 6 + 3
-    assert stream.pending() == [0, 4, 5, 6, 7, 8]
+    assert stream.pending() == [0, 4, 5], "a step's worth goes on while this one is learned"
     assert tasks(stream.take()) == ["t4", "t5", "t6"]
-    assert len(stream.pending()) == 6, "never more under way than the staleness allows"
+    assert len(service.submitted) == 6 + 3, "another one began when the step asked"
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_groups_taken_in_their_order_began_no_more_steps_before_than_the_staleness_allows(staleness):
+    service = Service()
+    stream = stream_of(service, staleness=staleness)
+    began: dict[str, int] = {}
+    ages = []
+    for step in range(8):
+        # Whatever a step starts, before or after it has waited, is played with the weights from before it.
+        taken = stream.take()
+        began.update((f"t{id.partition('/')[2]}", step) for id in service.submitted[len(began) :])
+        ages += [step - began[task] for task in tasks(taken)]
+    assert max(ages) == staleness
+
+
+def test_of_the_complete_groups_the_oldest_are_taken_first():
+    service = Service(order=lambda waiting: waiting[-1], at_once=6)
+    stream = stream_of(service, staleness=1)
+    assert tasks(stream.take()) == ["t0", "t1", "t2"]
 
 
 def test_a_stream_that_is_used_up_gives_what_is_left():
@@ -115,8 +138,7 @@ def test_a_resumed_stage_begins_with_what_was_under_way():
     pending = before.pending()
     resumed = itertools.chain(pending, itertools.count(max(pending) + 1))
     after = stream_of(Service(), staleness=1, jobs=map(job, resumed))
-    taken = tasks(after.take()) + tasks(after.take())
-    assert sorted(taken) == sorted(f"t{number}" for number in pending)
+    assert tasks(after.take()) == [f"t{number}" for number in pending]
 
 
 def test_a_broken_machinery_pauses_the_stream_and_costs_no_group(monkeypatch: pytest.MonkeyPatch):

@@ -29,8 +29,10 @@ class GroupStream:
     """Hands a learner the groups of each step.
 
     With ``max_staleness`` 0 the jobs of a step start when the step asks for them, and come back in their order.
-    Otherwise ``1 + max_staleness`` steps' worth of groups are under way or waiting at any time: a step takes the first
-    that are complete, and what it took is replaced at once.
+    Otherwise a step takes the first groups that are complete, of these the oldest first. While it is learned,
+    ``max_staleness`` steps' worth of groups are under way or waiting, and one more while the learner waits for the
+    next: taken in the order they began, none has a token more than ``max_staleness`` steps old. One that is overtaken
+    gets older.
 
     Where the machinery (sandboxes, judges, workers) fails a large share of a step's rollouts, the stream pauses and
     tries one of the failed groups now and then; when that works, all failed groups are played again.
@@ -52,17 +54,15 @@ class GroupStream:
 
     def take(self) -> list[Group]:
         """The groups of the next step; fewer, or none, when the jobs are used up."""
-        self._fill()
+        self._fill(1 + self.max_staleness)
         while len(self._complete) < self.groups_per_step and len(self._complete) < len(self._numbers):
             self._complete += self.service.collect()
-        if self.max_staleness == 0:
-            self._complete.sort(key=lambda pair: self._numbers[pair[0].id])
+        self._complete.sort(key=lambda pair: self._numbers[pair[0].id])
         taken, self._complete = self._complete[: self.groups_per_step], self._complete[self.groups_per_step :]
         taken = self._without_breakdown(taken)
         for job, _ in taken:
             del self._numbers[job.id]
-        if self.max_staleness:
-            self._fill()
+        self._fill(self.max_staleness)
         return [group for _, group in taken]
 
     def pending(self) -> list[int]:
@@ -73,8 +73,9 @@ class GroupStream:
         paused_s, self.paused_s = self.paused_s, 0.0
         return paused_s
 
-    def _fill(self) -> None:
-        room = self.groups_per_step * (1 + self.max_staleness) - len(self._numbers)
+    def _fill(self, steps: int) -> None:
+        """Start jobs until so many steps' worth are under way."""
+        room = self.groups_per_step * steps - len(self._numbers)
         started = list(itertools.islice(self.jobs, max(room, 0)))
         self._numbers.update((job.id, number) for number, job in started)
         if started:
