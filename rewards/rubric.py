@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from posttrain.config import Value
-from posttrain.errors import JudgeError, RecipeError
+from posttrain.errors import RecipeError, UnreadableReply
 from posttrain.protocols import Ask, Judge, Sandbox
 from posttrain.types import Judgment, Rollout, Score, ScoreStatus, Task
 from rewards.checks import CHECKS, words
@@ -190,13 +190,15 @@ class RubricReward:
         )
         reply = ""
         for attempt in range(self.max_retries + 1):
-            key = (rollout.id, criterion.id, vote, attempt)
+            # Nothing of the rollout but its text: equal responses to a task are asked about once where calls are kept.
+            key = (self.rubric.version, rollout.task.id, criterion.id, vote, attempt, response)
             nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
             messages = self.dialect.render(question, nonce)
-            reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
             try:
+                reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
                 verdict = self.dialect.parse(reply, question, nonce)
-            except JudgeError:
+            except UnreadableReply as failure:
+                reply = failure.reply
                 continue
             verdict = check_evidence(verdict, response, required=criterion.evidence)
             score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)

@@ -14,10 +14,22 @@ from typing import Any
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
+from posttrain.errors import UnreadableReply
 from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reward, Substrate
 from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.rollout.outcomes import Outcomes
-from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, StopReason, Task
+from posttrain.types import (
+    FinishReason,
+    Group,
+    Message,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+    ScoreStatus,
+    StopReason,
+    Task,
+)
 
 GRACE_S = 5.0
 """How long an episode past its deadline may take to end; after that it is left behind."""
@@ -50,7 +62,7 @@ class GroupJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAsk:
-    """Lets an engine answer judge prompts (``posttrain.protocols.Ask``)."""
+    """Lets an engine answer judge prompts (``posttrain.protocols.Ask``); one cut off by its budget is unreadable."""
 
     engine: Completer
     chat: ChatFormat
@@ -65,7 +77,11 @@ class EngineAsk:
             seed=seed,
         )
         completion = await self.engine.generate(request)
-        return self.chat.decode(completion.token_ids)
+        reply = self.chat.decode(completion.token_ids)
+        if completion.finish is FinishReason.LENGTH:
+            # The verdict that counts is the last one, and it may have been about to come.
+            raise UnreadableReply(f"the judge's reply was cut off after {max_tokens} tokens", reply)
+        return reply
 
 
 @dataclass(slots=True)
