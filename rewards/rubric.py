@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from rewards.untrusted import judge_view
 
 UNREADABLE = "unreadable"
 """Verdict recorded when no reply could be read; it never has a score."""
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
 
 class Rubric(Value):
@@ -60,6 +61,21 @@ class Rubric(Value):
         except ValidationError as error:
             raise explain_errors(source, text, error) from None
 
+    @classmethod
+    def of_data(cls, data: Any, where: str) -> Self:
+        """A rubric that came with a task: a mapping, or JSON text. Raises ``RecipeError`` that begins with ``where``.
+
+        Fields that are None count as not given, since tables of rows with different fields are padded with it.
+        """
+        try:
+            return cls.model_validate(_without_none(json.loads(data) if isinstance(data, str) else data))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "rubric"
+            raise RecipeError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{where}: the rubric is no JSON: {error}") from None
+
     @model_validator(mode="after")
     def _scorable(self) -> Self:
         ids = [criterion.id for criterion in self.criteria]
@@ -74,6 +90,12 @@ class Rubric(Value):
     def version(self) -> str:
         """Content hash: equal versions ask and add up the same."""
         return "sha256:" + hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:16]
+
+
+def _without_none(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _without_none(value) for key, value in data.items() if value is not None}
+    return [_without_none(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def fill(value: Any, info: Mapping[str, Any], where: str) -> Any:
@@ -94,10 +116,10 @@ def fill(value: Any, info: Mapping[str, Any], where: str) -> Any:
             )
         return info[name]
 
-    whole = _PLACEHOLDER.fullmatch(value)
+    whole = PLACEHOLDER.fullmatch(value)
     if whole and whole[1]:
         return field_of(whole)
-    return _PLACEHOLDER.sub(lambda m: str(field_of(m)) if m[1] else m.group()[0], value)
+    return PLACEHOLDER.sub(lambda m: str(field_of(m)) if m[1] else m.group()[0], value)
 
 
 def judged_text(text: str) -> str:
