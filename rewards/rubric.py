@@ -1,7 +1,8 @@
 """Rubrics: what is asked of a response, as data, and the reward that has a judge answer it.
 
-A rubric is a TOML file (schema ``rubric/1``) with one table per criterion. Judge criteria go to a judge one by one;
-code criteria call a check. The verdicts are added up in ``rewards.criteria``.
+A rubric is a TOML file (schema ``rubric/1``) with one table per criterion, or comes with each task. Judge criteria go
+to a judge one by one, many at a time, or as one question; code criteria call a check. The verdicts are added up in
+``rewards.criteria``. Rewards that compare responses are in ``rewards.pairwise``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -21,8 +22,10 @@ from posttrain.config import Value
 from posttrain.errors import JudgeError, RecipeError
 from posttrain.protocols import Ask, Judge, Sandbox
 from posttrain.types import Judgment, Rollout, Score, ScoreStatus, Task
+from rewards.batched import parse_batch, render_batch, split
 from rewards.checks import CHECKS, words
 from rewards.criteria import Aggregation, Criterion, Total, aggregate
+from rewards.holistic import SCALE, merge_judged
 from rewards.judge import (
     CANNOT_ASSESS,
     Dialect,
@@ -30,6 +33,7 @@ from rewards.judge import (
     LineDialect,
     PolicyJudge,
     Question,
+    Verdict,
     check_evidence,
     derive_nonce,
 )
@@ -86,10 +90,57 @@ class Rubric(Value):
             raise ValueError("no criterion has a positive weight, so nothing could be scored; give one a weight")
         return self
 
+    def for_task(self, task: Task) -> Self:
+        """Itself: the same for all tasks."""
+        return self
+
     @property
     def version(self) -> str:
         """Content hash: equal versions ask and add up the same."""
         return "sha256:" + hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:16]
+
+
+@runtime_checkable
+class RubricSource(Protocol):
+    """Where the rubric for a response comes from: a ``Rubric``, a file that may be edited, the task itself."""
+
+    def for_task(self, task: Task) -> Rubric:
+        """The rubric for responses to this task. Raises ``RecipeError`` when there is none, or not a valid one."""
+        ...
+
+
+@runtime_checkable
+class EditableRubric(RubricSource, Protocol):
+    """A rubric that may change while a run uses it (``rewards.reload.RubricFile``)."""
+
+    path: str
+    text: str
+    """The version in effect."""
+    anchors: tuple[Rollout, ...]
+    """Fixed responses, scored under the old and the new version before the new one takes effect."""
+
+    def read(self) -> str:
+        """What the file holds now. Raises ``OSError``."""
+        ...
+
+    def with_text(self, text: str) -> RubricSource:
+        """The same source with this version in effect. Raises ``RecipeError`` for one that must not be used."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRubric:
+    """The rubric that each task carries in ``task.info``: a mapping, or JSON text, of schema ``rubric/1``."""
+
+    field: str = "rubric"
+
+    def for_task(self, task: Task) -> Rubric:
+        if self.field not in task.info:
+            raise RecipeError(
+                f"task {task.id!r}: info has no {self.field!r}, but its reward takes the rubric from there; it has "
+                f"{', '.join(sorted(task.info)) or 'nothing'}; map the column with DatasetTasks(info=...)"
+            )
+        return Rubric.of_data(task.info[self.field], f"task {task.id!r}, info[{self.field!r}]")
 
 
 def _without_none(data: Any) -> Any:
@@ -130,14 +181,14 @@ def judged_text(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RubricReward:
-    """Scores a response by a rubric, one judge call per criterion and vote, all at once.
+    """Scores a response by a rubric, with a judge asked in one of three ways, all questions and votes at once.
 
     A vote that stays unreadable after the retries is left out. A criterion that matters (a weight above 0, or a veto)
     and got no readable vote makes ``value=None``: leaving it out would let a judge's failure raise the score. So does
     a rubric none of whose judge criteria has a score. ``JudgeError`` from the judge itself propagates.
     """
 
-    rubric: Rubric
+    rubric: RubricSource
     judge: Judge | None = None
     """None means the policy: the rollout worker lends a snapshot through ``with_policy``."""
     dialect: Dialect = field(default_factory=JsonDialect)
@@ -146,20 +197,35 @@ class RubricReward:
     max_retries: int = 2
     """Extra calls with new seeds for a reply that cannot be read."""
     max_tokens: int = 512
-    """Budget of one reply."""
+    """Budget of a reply about one criterion; one about several has as many times that."""
     temperature: float = 0.5
     """Of the policy as judge; a judge of your own has its own."""
+    mode: Literal["explicit", "batched", "implicit"] = "explicit"
+    """One call per criterion; one for many; or one for all with a single mark, the criteria being its guide, besides
+    those for vetoes (RaR, arXiv 2507.17746, has the first and the last)."""
+    batch_size: int | None = None
+    """Criteria per call in ``batched``, all when None. They come in another order for each vote."""
+    scale: tuple[str, ...] = SCALE
+    """Marks in ``implicit``, worst first."""
 
     def __post_init__(self) -> None:
-        if self.votes < 1 or self.max_retries < 0:
+        if self.votes < 1 or self.max_retries < 0 or (self.batch_size is not None and self.batch_size < 1):
             raise RecipeError(
-                f"RubricReward: votes = {self.votes}, max_retries = {self.max_retries}; expected votes >= 1 and "
-                "max_retries >= 0"
+                f"RubricReward: votes = {self.votes}, max_retries = {self.max_retries}, batch_size = "
+                f"{self.batch_size}; expected votes >= 1, max_retries >= 0, and batch_size >= 1 or None"
             )
-        graded = [c.id for c in self.rubric.criteria if c.choices]
+        if self.mode not in ("explicit", "batched", "implicit"):
+            raise RecipeError(f"RubricReward: mode = {self.mode!r}; expected explicit, batched or implicit")
+        if self.mode != "explicit" and not isinstance(self.dialect, JsonDialect):
+            raise RecipeError(f"RubricReward: mode = {self.mode!r} needs dialect = JsonDialect(), not {self.dialect!r}")
+        if isinstance(self.rubric, Rubric):
+            self._check_dialect(self.rubric)
+
+    def _check_dialect(self, rubric: Rubric) -> None:
+        graded = [c.id for c in rubric.criteria if c.choices]
         if graded and isinstance(self.dialect, LineDialect):
             raise RecipeError(
-                f"rubric {self.rubric.id!r}: criteria {', '.join(graded)} have choices, which the line dialect cannot "
+                f"rubric {rubric.id!r}: criteria {', '.join(graded)} have choices, which the line dialect cannot "
                 "express; use JsonDialect() or drop the choices"
             )
 
@@ -168,77 +234,114 @@ class RubricReward:
         return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        rubric = self.rubric.for_task(rollout.task)
+        self._check_dialect(rubric)
         response = judged_text(rollout.text)
-        criteria = tuple(_filled(criterion, self.rubric, rollout.task) for criterion in self.rubric.criteria)
+        criteria = tuple(_filled(criterion, rubric, rollout.task) for criterion in rubric.criteria)
+        if self.mode == "implicit":
+            criteria = merge_judged(criteria, self.scale)
         if not words(response):
             # A judge asked about nothing tends to answer met: settled before anyone is asked.
+            low, high = rubric.aggregation.clip
             return Score(
-                value=self.rubric.aggregation.clip[0],
-                rubric_version=self.rubric.version,
+                value=min(max(0.0, low), high),
+                rubric_version=rubric.version,
                 flags=("empty",),
                 explanation="The response has no words.",
             )
-        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], rollout, response)
+        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], rollout, response, rubric)
         checked = {c.id: _checked(c, response) for c in criteria if c.kind == "code"}
-        return self._combine(criteria, checked, judgments, response)
+        return self._combine(rubric, criteria, checked, judgments, response)
 
     async def _judge_all(
-        self, criteria: Sequence[Criterion], rollout: Rollout, response: str
+        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, rubric: Rubric
     ) -> Mapping[str, tuple[Judgment, ...]]:
+        size = (self.batch_size or len(criteria)) if self.mode == "batched" else 1
+        batches = [
+            (vote, batch)
+            for vote in range(self.votes)
+            for batch in split(criteria, size, key=(rollout.id, rubric.version, vote))
+        ]
         try:
             # A task group, since gather would leave the other calls running, and paid for, after one has failed.
             async with asyncio.TaskGroup() as group:
-                votes = {
-                    c.id: [group.create_task(self._vote(c, rollout, response, vote)) for vote in range(self.votes)]
-                    for c in criteria
-                }
+                tasks = [
+                    group.create_task(self._ask_batch(batch, rollout, response, vote))
+                    if self.mode == "batched"
+                    else group.create_task(self._ask_one(batch[0], rollout, response, vote))
+                    for vote, batch in batches
+                ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return {name: tuple(task.result() for task in tasks) for name, tasks in votes.items()}
+        given: dict[str, list[Judgment]] = {c.id: [] for c in criteria}
+        for task in tasks:
+            for judgment in task.result():
+                given[judgment.criterion].append(judgment)
+        return {name: tuple(votes) for name, votes in given.items()}
+
+    async def _ask_one(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> tuple[Judgment, ...]:
+        return (await self._vote(criterion, rollout, response, vote),)
+
+    async def _ask_batch(
+        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, vote: int
+    ) -> tuple[Judgment, ...]:
+        """One readable reply about several criteria, asking again with new seeds; ``unreadable`` when there is none."""
+        judge = self._judge_for(criteria[0])
+        questions = [_question(c, rollout, response) for c in criteria]
+        reply = ""
+        for attempt in range(self.max_retries + 1):
+            key = (rollout.id, tuple(c.id for c in criteria), vote, attempt)
+            nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
+            budget = self.max_tokens * len(criteria)
+            reply = await judge.ask(render_batch(questions, nonce), max_tokens=budget, seed=_seed(key))
+            try:
+                verdicts = parse_batch(reply, questions, nonce)
+            except JudgeError:
+                continue
+            return tuple(
+                _judgment(c, check_evidence(verdict, response, required=c.evidence), reply)
+                for c, verdict in zip(criteria, verdicts, strict=True)
+            )
+        return tuple(Judgment(criterion=c.id, verdict=UNREADABLE, score=None, reply=reply) for c in criteria)
+
+    def _judge_for(self, criterion: Criterion) -> Judge:
+        if self.judge is None:
+            raise RecipeError(
+                f"rubric criterion {criterion.id!r} needs a judge; set RubricReward.judge, or call with_policy to let "
+                "the policy judge"
+            )
+        return self.judge
 
     async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> Judgment:
         """One readable verdict, asking again with new seeds; ``unreadable`` when there is none."""
-        if self.judge is None:
-            raise RecipeError(
-                f"rubric {self.rubric.id!r}: criterion {criterion.id!r} needs a judge; set RubricReward.judge, or call "
-                "with_policy to let the policy judge"
-            )
-        question = Question(
-            id=criterion.id,
-            criterion=criterion.text,
-            labels=criterion.labels,
-            prompt=rollout.task.prompt,
-            response=response,
-        )
+        judge = self._judge_for(criterion)
+        question = _question(criterion, rollout, response)
         reply = ""
         for attempt in range(self.max_retries + 1):
             key = (rollout.id, criterion.id, vote, attempt)
             nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
             messages = self.dialect.render(question, nonce)
-            reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
+            reply = await judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
             try:
                 verdict = self.dialect.parse(reply, question, nonce)
             except JudgeError:
                 continue
-            verdict = check_evidence(verdict, response, required=criterion.evidence)
-            score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)
-            return Judgment(
-                criterion=criterion.id, verdict=verdict.label, score=score, evidence=verdict.evidence, reply=reply
-            )
+            return _judgment(criterion, check_evidence(verdict, response, required=criterion.evidence), reply)
         return Judgment(criterion=criterion.id, verdict=UNREADABLE, score=None, reply=reply)
 
     def _combine(
         self,
+        rubric: Rubric,
         criteria: Sequence[Criterion],
         checked: Mapping[str, float],
         judgments: Mapping[str, tuple[Judgment, ...]],
         response: str,
     ) -> Score:
-        na = self.rubric.aggregation.na
+        na = rubric.aggregation.na
         judged = {name: _mean_vote(votes, na) for name, votes in judgments.items()}
         parts = {**{c.id: None for c in criteria}, **checked, **judged}
         error = _unscorable(criteria, judged, judgments, na)
-        total = Total(None) if error else aggregate(criteria, parts, self.rubric.aggregation.clip)
+        total = Total(None) if error else aggregate(criteria, parts, rubric.aggregation.clip)
         error = error or (None if total.value is not None else "no criterion could be scored")
         unread = any(j.verdict == UNREADABLE for votes in judgments.values() for j in votes)
         failure = ScoreStatus.PARSE_ERROR if unread else ScoreStatus.JUDGE_ERROR
@@ -249,7 +352,7 @@ class RubricReward:
             status=failure if error else ScoreStatus.VETOED if total.vetoes else ScoreStatus.OK,
             error=error,
             judgments=tuple(judgment for votes in judgments.values() for judgment in votes),
-            rubric_version=self.rubric.version,
+            rubric_version=rubric.version,
             flags=(f"reserved_markers:{hidden}",) if hidden else (),
             explanation=error or _explain(parts, total),
         )
@@ -259,6 +362,21 @@ def _filled(criterion: Criterion, rubric: Rubric, task: Task) -> Criterion:
     where = f"rubric {rubric.id!r}, criterion {criterion.id!r}, task {task.id!r}"
     args = {name: fill(value, task.info, where) for name, value in criterion.args.items()}
     return criterion.model_copy(update={"text": str(fill(criterion.text, task.info, where)), "args": args})
+
+
+def _question(criterion: Criterion, rollout: Rollout, response: str) -> Question:
+    return Question(
+        id=criterion.id,
+        criterion=criterion.claim,
+        labels=criterion.labels,
+        prompt=rollout.task.prompt,
+        response=response,
+    )
+
+
+def _judgment(criterion: Criterion, verdict: Verdict, reply: str) -> Judgment:
+    score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)
+    return Judgment(criterion=criterion.id, verdict=verdict.label, score=score, evidence=verdict.evidence, reply=reply)
 
 
 def _checked(criterion: Criterion, response: str) -> float:
