@@ -225,9 +225,10 @@ class Ask(Protocol):
 
 @runtime_checkable
 class PolicyJudged(Protocol):
-    """A reward whose judge is the policy itself; the rollout worker lends it a lagged snapshot."""
+    """A reward, of one rollout or of a group, whose judge is the policy itself; the rollout worker lends it a lagged
+    snapshot."""
 
-    def with_policy(self, ask: Ask) -> Reward:
+    def with_policy(self, ask: Ask) -> Any:
         """The same reward, asking this policy snapshot."""
         ...
 

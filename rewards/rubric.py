@@ -237,7 +237,7 @@ class RubricReward:
         rubric = self.rubric.for_task(rollout.task)
         self._check_dialect(rubric)
         response = judged_text(rollout.text)
-        criteria = tuple(_filled(criterion, rubric, rollout.task) for criterion in rubric.criteria)
+        criteria = tuple(fill_criterion(criterion, rubric, rollout.task) for criterion in rubric.criteria)
         if self.mode == "implicit":
             criteria = merge_judged(criteria, self.scale)
         if not words(response):
@@ -358,7 +358,7 @@ class RubricReward:
         )
 
 
-def _filled(criterion: Criterion, rubric: Rubric, task: Task) -> Criterion:
+def fill_criterion(criterion: Criterion, rubric: Rubric, task: Task) -> Criterion:
     where = f"rubric {rubric.id!r}, criterion {criterion.id!r}, task {task.id!r}"
     args = {name: fill(value, task.info, where) for name, value in criterion.args.items()}
     return criterion.model_copy(update={"text": str(fill(criterion.text, task.info, where)), "args": args})
