@@ -19,7 +19,17 @@ from posttrain.types import Judgment, Message, Rollout, Score, ScoreStatus, Task
 from rewards.checks import words
 from rewards.holistic import guide
 from rewards.judge import CANNOT_ASSESS, PolicyJudge, derive_nonce, one_line, parse_json_reply
-from rewards.rubric import UNREADABLE, Rubric, RubricSource, fill_criterion, judged_text
+from rewards.rubric import (
+    UNREADABLE,
+    EditableRubric,
+    Rubric,
+    RubricSource,
+    fill_criterion,
+    judged_text,
+    texts_in_effect,
+    texts_on_disk,
+    with_text_of,
+)
 from rewards.untrusted import judge_view
 
 FIRST, SECOND, TIE = "first", "second", "tie"
@@ -78,6 +88,30 @@ class PairwiseReward:
     def with_policy(self, ask: Ask) -> PairwiseReward:
         """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
         return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """See ``posttrain.protocols.Reloadable``."""
+        return texts_in_effect(self.rubric)
+
+    def read_files(self) -> Mapping[str, str]:
+        return texts_on_disk(self.rubric)
+
+    def with_files(self, texts: Mapping[str, str]) -> PairwiseReward:
+        return replace(self, rubric=with_text_of(self.rubric, texts))
+
+    async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
+        """Anchors with the same prompt are one group."""
+        if not isinstance(self.rubric, EditableRubric):
+            return {}
+        groups: dict[str, list[Rollout]] = {}
+        for rollout in self.rubric.anchors:
+            groups.setdefault(json.dumps(rollout.task.prompt), []).append(rollout)
+        values: dict[str, float | None] = {}
+        for group in groups.values():
+            scores = await self.score_group(group)
+            values.update((rollout.id, score.value) for rollout, score in zip(group, scores, strict=True))
+        return {self.rubric.path: tuple(values[rollout.id] for rollout in self.rubric.anchors)}
 
     async def score_group(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
         """One score per rollout, in order. ``JudgeError`` from the judge itself propagates."""

@@ -58,7 +58,11 @@ class Rubric(Value):
     @classmethod
     def load(cls, path_or_name: str | Path) -> Self:
         """Read a ``.toml`` file, or a rubric of this package by its name. Raises ``RecipeError``, naming lines."""
-        source, text = rubric_source(path_or_name)
+        return cls.parse(*rubric_source(path_or_name))
+
+    @classmethod
+    def parse(cls, source: str, text: str) -> Self:
+        """From the text of a TOML file; ``source`` is its name in messages. Raises ``RecipeError``, naming lines."""
         data = parse_toml(source, text)
         try:
             return cls.model_validate(data)
@@ -113,19 +117,48 @@ class RubricSource(Protocol):
 class EditableRubric(RubricSource, Protocol):
     """A rubric that may change while a run uses it (``rewards.reload.RubricFile``)."""
 
-    path: str
-    text: str
-    """The version in effect."""
-    anchors: tuple[Rollout, ...]
-    """Fixed responses, scored under the old and the new version before the new one takes effect."""
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def text(self) -> str:
+        """The version in effect."""
+        ...
+
+    @property
+    def rubric(self) -> Rubric:
+        """What the text says."""
+        ...
+
+    @property
+    def anchors(self) -> tuple[Rollout, ...]:
+        """Fixed responses, scored under the old and the new version before the new one takes effect."""
+        ...
 
     def read(self) -> str:
         """What the file holds now. Raises ``OSError``."""
         ...
 
-    def with_text(self, text: str) -> RubricSource:
+    def with_text(self, text: str) -> EditableRubric:
         """The same source with this version in effect. Raises ``RecipeError`` for one that must not be used."""
         ...
+
+
+def texts_in_effect(source: RubricSource) -> Mapping[str, str]:
+    """The text a rubric was made from by its path, where it may be edited."""
+    return {source.path: source.text} if isinstance(source, EditableRubric) else {}
+
+
+def texts_on_disk(source: RubricSource) -> Mapping[str, str]:
+    """What the file of a rubric holds now, by its path, where it may be edited. Raises ``OSError``."""
+    return {source.path: source.read()} if isinstance(source, EditableRubric) else {}
+
+
+def with_text_of(source: RubricSource, texts: Mapping[str, str]) -> RubricSource:
+    """The source with the text of its path in effect, if there is one. Raises ``RecipeError``."""
+    if isinstance(source, EditableRubric) and source.path in texts:
+        return source.with_text(texts[source.path])
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +251,9 @@ class RubricReward:
             raise RecipeError(f"RubricReward: mode = {self.mode!r}; expected explicit, batched or implicit")
         if self.mode != "explicit" and not isinstance(self.dialect, JsonDialect):
             raise RecipeError(f"RubricReward: mode = {self.mode!r} needs dialect = JsonDialect(), not {self.dialect!r}")
-        if isinstance(self.rubric, Rubric):
-            self._check_dialect(self.rubric)
+        rubric = self.rubric.rubric if isinstance(self.rubric, EditableRubric) else self.rubric
+        if isinstance(rubric, Rubric):
+            self._check_dialect(rubric)
 
     def _check_dialect(self, rubric: Rubric) -> None:
         graded = [c.id for c in rubric.criteria if c.choices]
@@ -232,6 +266,23 @@ class RubricReward:
     def with_policy(self, ask: Ask) -> RubricReward:
         """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
         return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """See ``posttrain.protocols.Reloadable``."""
+        return texts_in_effect(self.rubric)
+
+    def read_files(self) -> Mapping[str, str]:
+        return texts_on_disk(self.rubric)
+
+    def with_files(self, texts: Mapping[str, str]) -> RubricReward:
+        return replace(self, rubric=with_text_of(self.rubric, texts))
+
+    async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
+        if not isinstance(self.rubric, EditableRubric):
+            return {}
+        scores = [await self.score(rollout) for rollout in self.rubric.anchors]
+        return {self.rubric.path: tuple(score.value for score in scores)}
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         rubric = self.rubric.for_task(rollout.task)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError
-from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reward, Substrate
+from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reloadable, Reward, Substrate
 from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.rollout.outcomes import Outcomes
 from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, StopReason, Task
 
-R = TypeVar("R", Reward, GroupReward)
+R = TypeVar("R", Reward, GroupReward, Reloadable)
 
 GRACE_S = 5.0
 """How long an episode past its deadline may take to end; after that it is left behind."""
@@ -235,6 +235,11 @@ class Player:
             f"the environment did not end {GRACE_S:g} s after its deadline of {clock.limit_s:g} s; it was left behind"
         )
         return Rollout(id=rollout_id, task=task, turns=(), stop=StopReason.DEADLINE, error=error)
+
+    async def score_anchors(self, reward: Reloadable) -> Mapping[str, tuple[float | None, ...]]:
+        """See ``Reloadable``; a reward that is judged by the policy is lent the snapshot."""
+        async with asyncio.timeout(self._workers.reward_deadline_s):
+            return await self._with_judge(reward).score_anchors()
 
     @property
     def left_behind(self) -> int:
