@@ -182,6 +182,11 @@ def _without_none(data: Any) -> Any:
     return [_without_none(item) for item in data] if isinstance(data, list | tuple) else data
 
 
+def dump_rubric(rubric: Rubric) -> dict[str, Any]:
+    """The rubric as JSON data, without what is as by default; ``Rubric.of_data`` is the inverse."""
+    return {"schema": "rubric/1", **rubric.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
+
+
 def fill(value: Any, info: Mapping[str, Any], where: str) -> Any:
     """Replace every ``{field}`` of a string by ``info[field]``, in one pass; ``{{`` and ``}}`` are literal braces.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -53,6 +54,45 @@ def parse_toml(source: str, text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"rubric {source}: not valid TOML: {error}") from error
+
+
+def dump_toml(data: Mapping[str, Any]) -> str:
+    """TOML of JSON data: plain values, then tables, then lists of tables, whose own tables are inline."""
+    plain = {key: value for key, value in data.items() if not _is_table(value) and not _is_tables(value)}
+    parts = ["".join(f"{_toml_key(key)} = {_toml(value)}\n" for key, value in plain.items())]
+    for key, value in data.items():
+        if _is_table(value):
+            parts.append(f"[{_toml_key(key)}]\n" + "".join(f"{_toml_key(k)} = {_toml(v)}\n" for k, v in value.items()))
+        elif _is_tables(value):
+            for table in value:
+                rows = "".join(f"{_toml_key(k)} = {_toml(v)}\n" for k, v in table.items())
+                parts.append(f"[[{_toml_key(key)}]]\n{rows}")
+    return "\n".join(filter(None, parts))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_table, value))
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for one character that JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise ValueError(f"{value!r} is nothing that TOML can hold")
 
 
 def syntax_line(error: Exception) -> int:

@@ -80,6 +80,10 @@ def traps(rubric: Rubric, fields: Sequence[str] | None = None) -> Iterator[Trap]
         for look in _LOOKS:
             for rule, severity, message, key in look(criterion):
                 yield Trap(rule, severity, message, index, key)
+        if rubric.scope == "task" and (double := _DOUBLE_BRACES.search(criterion.text)):
+            # Where each task brings its rubric, braces have nothing to be filled with and are meant.
+            message = f"{double[0]} reaches the judge as literal braces; a field is written {{field}}, with single ones"
+            yield Trap("placeholder", ERROR, message, index)
         if fields is not None:
             yield from _missing_fields(criterion, index, fields)
     yield from _duplicates(rubric.criteria)
@@ -97,11 +101,16 @@ def _plain(text: str) -> str:
     return _QUOTED.sub("X", text)
 
 
+def is_negation(text: str) -> bool:
+    """Whether a claim is worded as the absence of something: "Does not mention ...", "Avoids ..."."""
+    return bool(_NEGATION.search(_plain(text)))
+
+
 def _polarity(c: Criterion) -> _Look:
     text = _plain(c.text)
     if c.kind != "judge":
         return
-    if c.polarity == "penalty" and _NEGATION.search(text):
+    if c.polarity == "penalty" and is_negation(c.text):
         yield (
             "negated-penalty",
             WARNING,
@@ -143,9 +152,6 @@ def _unfinished(c: Criterion) -> _Look:
     for text, key in ((c.text, "text"), *((str(value), "args") for value in c.args.values())):
         if unfinished := _UNFINISHED.search(text):
             yield "placeholder", ERROR, f"still has something to fill in: {unfinished[0]!r}", key
-        if double := _DOUBLE_BRACES.search(text):
-            message = f"{double[0]} reaches the judge as literal braces; a field is written {{field}}, with single ones"
-            yield "placeholder", ERROR, message, key
         left = PLACEHOLDER.sub("", text)
         if key == "text" and ("{" in left or "}" in left):
             yield (
@@ -207,7 +213,7 @@ def _veto(c: Criterion) -> _Look:
 
 
 def _evidence(c: Criterion) -> _Look:
-    if c.evidence and c.polarity == "reward" and _NEGATION.search(_plain(c.text)):
+    if c.evidence and c.polarity == "reward" and is_negation(c.text):
         yield (
             "evidence-of-absence",
             ERROR,
