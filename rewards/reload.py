@@ -1,15 +1,12 @@
-"""Rubrics that may be edited while a run uses them, and how rewards made of others pass that on."""
+"""Rubrics that may be edited while a run uses them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Reloadable
 from posttrain.types import Rollout, Task
 from rewards.lint import ERROR, lint_text
 from rewards.rows import read_rollouts
@@ -91,27 +88,3 @@ def _sound(path: str, text: str) -> Rubric:
     if errors:
         raise RecipeError("; ".join(map(str, errors)))
     return Rubric.parse(path, text)
-
-
-def files_of(parts: Iterable[Any]) -> dict[str, str]:
-    """``Reloadable.files`` of a reward made of these."""
-    return {path: text for part in parts if isinstance(part, Reloadable) for path, text in part.files.items()}
-
-
-def read_files_of(parts: Iterable[Any]) -> dict[str, str]:
-    """``Reloadable.read_files`` of a reward made of these."""
-    return {path: text for part in parts if isinstance(part, Reloadable) for path, text in part.read_files().items()}
-
-
-def with_files(part: Any, texts: Mapping[str, str]) -> Any:
-    """The part with the texts that are its own in effect; itself when it has no files."""
-    return part.with_files(texts) if isinstance(part, Reloadable) and part.files.keys() & texts.keys() else part
-
-
-async def anchors_of(parts: Iterable[Any]) -> dict[str, tuple[float | None, ...]]:
-    """``Reloadable.score_anchors`` of a reward made of these."""
-    found: dict[str, tuple[float | None, ...]] = {}
-    for part in parts:
-        if isinstance(part, Reloadable):
-            found |= await part.score_anchors()
-    return found
