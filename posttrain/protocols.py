@@ -225,10 +225,39 @@ class Ask(Protocol):
 
 @runtime_checkable
 class PolicyJudged(Protocol):
-    """A reward whose judge is the policy itself; the rollout worker lends it a lagged snapshot."""
+    """A reward, of one rollout or of a group, whose judge is the policy itself; the rollout worker lends it a lagged
+    snapshot."""
 
-    def with_policy(self, ask: Ask) -> Reward:
+    def with_policy(self, ask: Ask) -> Any:
         """The same reward, asking this policy snapshot."""
+        ...
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """A reward made from files that may be edited while a run uses it: an edit takes effect between two steps.
+
+    A reward made of others has the files of all its parts; one without any is not reloadable in effect.
+    """
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The texts in effect, by path."""
+        ...
+
+    def read_files(self) -> Mapping[str, str]:
+        """The texts that the files hold now, by path. ``OSError`` for one that cannot be read."""
+        ...
+
+    def with_files(self, texts: Mapping[str, str]) -> Any:
+        """The same reward with these texts in effect; files that are not named stay as they are.
+
+        Raises ``RecipeError`` for a text that must not be used.
+        """
+        ...
+
+    async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
+        """By path, the values of fixed responses that are there to compare versions of the file with, in order."""
         ...
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from posttrain.errors import RecipeError
 from posttrain.protocols import Ask, PolicyJudged, Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score, ScoreStatus
+from rewards.files import PassesFilesOn
 
 
 @dataclass(frozen=True, slots=True)
-class WeightedSum:
+class WeightedSum(PassesFilesOn):
     """Sum of weight times value over named rewards, scored at the same time.
 
     A reward of weight 0 is only reported, so it may fail to give a value. At most one reward may need a sandbox,
@@ -57,7 +58,7 @@ class WeightedSum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
+class Gate(PassesFilesOn):
     """A reward that counts only when another one, the condition, reaches a threshold; below it the value is ``floor``.
 
     The condition goes first, so a failed one saves the cost of the reward behind it.

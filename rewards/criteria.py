@@ -33,11 +33,15 @@ class Criterion(Value):
     """Arguments of the check; strings may hold ``{field}``."""
     choices: tuple[str, ...] = ()
     """Instead of met and unmet: answers from worst to best, worth evenly spaced values from 0 to 1."""
+    descriptions: tuple[str, ...] = ()
+    """What each of the choices means, where its label does not say it."""
     veto: bool = False
     """A penalty that is met, or a reward that is not, sends the whole score to the floor."""
     evidence: bool = False
     """A judge must quote the text to answer anything but ``unmet``."""
     tier: Literal["essential", "important", "optional", "pitfall"] | None = None
+    title: str = ""
+    """A name for people; judges do not see it."""
     tags: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -52,6 +56,10 @@ class Criterion(Value):
             raise ValueError('check and args are for kind = "code"; remove them or change the kind')
         if self.choices:
             self._check_choices()
+        if self.descriptions and len(self.descriptions) != len(self.choices):
+            raise ValueError(
+                f"{len(self.descriptions)} descriptions for {len(self.choices)} choices; expected one for each, or none"
+            )
 
     def _check_choices(self) -> None:
         if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices) or CANNOT_ASSESS in self.choices:
@@ -62,8 +70,8 @@ class Criterion(Value):
     def _check_code(self) -> None:
         if self.check is None or self.check not in CHECKS:
             raise ValueError(f"check = {self.check!r}; expected one of {', '.join(sorted(CHECKS))}")
-        if self.choices or self.evidence:
-            raise ValueError('choices and evidence are for kind = "judge"; remove them')
+        if self.choices or self.descriptions or self.evidence:
+            raise ValueError('choices, descriptions and evidence are for kind = "judge"; remove them')
         try:
             inspect.signature(CHECKS[self.check]).bind("", **self.args)
         except TypeError as error:
@@ -73,6 +81,12 @@ class Criterion(Value):
     def labels(self) -> tuple[str, ...]:
         """What a judge may answer, besides ``cannot_assess``."""
         return self.choices or (UNMET, MET)
+
+    @property
+    def claim(self) -> str:
+        """What a judge is asked: the text and, where there are descriptions, what each choice means."""
+        meanings = [f"{label}: {text}" for label, text in zip(self.choices, self.descriptions, strict=False)]
+        return "\n".join([self.text, *meanings])
 
     def label_score(self, label: str) -> float:
         """What one of ``labels`` is worth, in [0, 1]; for a penalty 1 means that it applies."""

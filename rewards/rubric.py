@@ -1,18 +1,20 @@
 """Rubrics: what is asked of a response, as data, and the reward that has a judge answer it.
 
-A rubric is a TOML file (schema ``rubric/1``) with one table per criterion. Judge criteria go to a judge one by one;
-code criteria call a check. The verdicts are added up in ``rewards.criteria``.
+A rubric is a TOML file (schema ``rubric/1``) with one table per criterion, or comes with each task. Judge criteria go
+to a judge one by one, many at a time, or as one question; code criteria call a check. The verdicts are added up in
+``rewards.criteria``. Rewards that compare responses are in ``rewards.pairwise``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -20,8 +22,10 @@ from posttrain.config import Value
 from posttrain.errors import RecipeError, UnreadableReply
 from posttrain.protocols import Ask, Judge, Sandbox
 from posttrain.types import Judgment, Rollout, Score, ScoreStatus, Task
+from rewards.batched import parse_batch, render_batch, split
 from rewards.checks import CHECKS, words
 from rewards.criteria import Aggregation, Criterion, Total, aggregate
+from rewards.holistic import SCALE, merge_judged
 from rewards.judge import (
     CANNOT_ASSESS,
     Dialect,
@@ -29,6 +33,7 @@ from rewards.judge import (
     LineDialect,
     PolicyJudge,
     Question,
+    Verdict,
     check_evidence,
     derive_nonce,
 )
@@ -37,7 +42,7 @@ from rewards.untrusted import judge_view
 
 UNREADABLE = "unreadable"
 """Verdict recorded when no reply could be read; it never has a score."""
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
 
 class Rubric(Value):
@@ -53,12 +58,31 @@ class Rubric(Value):
     @classmethod
     def load(cls, path_or_name: str | Path) -> Self:
         """Read a ``.toml`` file, or a rubric of this package by its name. Raises ``RecipeError``, naming lines."""
-        source, text = rubric_source(path_or_name)
+        return cls.parse(*rubric_source(path_or_name))
+
+    @classmethod
+    def parse(cls, source: str, text: str) -> Self:
+        """From the text of a TOML file; ``source`` is its name in messages. Raises ``RecipeError``, naming lines."""
         data = parse_toml(source, text)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise explain_errors(source, text, error) from None
+
+    @classmethod
+    def of_data(cls, data: Any, where: str) -> Self:
+        """A rubric that came with a task: a mapping, or JSON text. Raises ``RecipeError`` that begins with ``where``.
+
+        Fields that are None count as not given, since tables of rows with different fields are padded with it.
+        """
+        try:
+            return cls.model_validate(_without_none(json.loads(data) if isinstance(data, str) else data))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "rubric"
+            raise RecipeError(f"{where}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{where}: the rubric is no JSON: {error}") from None
 
     @model_validator(mode="after")
     def _scorable(self) -> Self:
@@ -70,10 +94,97 @@ class Rubric(Value):
             raise ValueError("no criterion has a positive weight, so nothing could be scored; give one a weight")
         return self
 
+    def for_task(self, task: Task) -> Self:
+        """Itself: the same for all tasks."""
+        return self
+
     @property
     def version(self) -> str:
         """Content hash: equal versions ask and add up the same."""
         return "sha256:" + hashlib.sha256(self.model_dump_json(by_alias=True).encode()).hexdigest()[:16]
+
+
+@runtime_checkable
+class RubricSource(Protocol):
+    """Where the rubric for a response comes from: a ``Rubric``, a file that may be edited, the task itself."""
+
+    def for_task(self, task: Task) -> Rubric:
+        """The rubric for responses to this task. Raises ``RecipeError`` when there is none, or not a valid one."""
+        ...
+
+
+@runtime_checkable
+class EditableRubric(RubricSource, Protocol):
+    """A rubric that may change while a run uses it (``rewards.reload.RubricFile``)."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def text(self) -> str:
+        """The version in effect."""
+        ...
+
+    @property
+    def rubric(self) -> Rubric:
+        """What the text says."""
+        ...
+
+    @property
+    def anchors(self) -> tuple[Rollout, ...]:
+        """Fixed responses, scored under the old and the new version before the new one takes effect."""
+        ...
+
+    def read(self) -> str:
+        """What the file holds now. Raises ``OSError``."""
+        ...
+
+    def with_text(self, text: str) -> EditableRubric:
+        """The same source with this version in effect. Raises ``RecipeError`` for one that must not be used."""
+        ...
+
+
+def texts_in_effect(source: RubricSource) -> Mapping[str, str]:
+    """The text a rubric was made from by its path, where it may be edited."""
+    return {source.path: source.text} if isinstance(source, EditableRubric) else {}
+
+
+def texts_on_disk(source: RubricSource) -> Mapping[str, str]:
+    """What the file of a rubric holds now, by its path, where it may be edited. Raises ``OSError``."""
+    return {source.path: source.read()} if isinstance(source, EditableRubric) else {}
+
+
+def with_text_of(source: RubricSource, texts: Mapping[str, str]) -> RubricSource:
+    """The source with the text of its path in effect, if there is one. Raises ``RecipeError``."""
+    if isinstance(source, EditableRubric) and source.path in texts:
+        return source.with_text(texts[source.path])
+    return source
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRubric:
+    """The rubric that each task carries in ``task.info``: a mapping, or JSON text, of schema ``rubric/1``."""
+
+    field: str = "rubric"
+
+    def for_task(self, task: Task) -> Rubric:
+        if self.field not in task.info:
+            raise RecipeError(
+                f"task {task.id!r}: info has no {self.field!r}, but its reward takes the rubric from there; it has "
+                f"{', '.join(sorted(task.info)) or 'nothing'}; map the column with DatasetTasks(info=...)"
+            )
+        return Rubric.of_data(task.info[self.field], f"task {task.id!r}, info[{self.field!r}]")
+
+
+def _without_none(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _without_none(value) for key, value in data.items() if value is not None}
+    return [_without_none(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def dump_rubric(rubric: Rubric) -> dict[str, Any]:
+    """The rubric as JSON data, without what is as by default; ``Rubric.of_data`` is the inverse."""
+    return {"schema": "rubric/1", **rubric.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
 
 
 def fill(value: Any, info: Mapping[str, Any], where: str) -> Any:
@@ -94,10 +205,10 @@ def fill(value: Any, info: Mapping[str, Any], where: str) -> Any:
             )
         return info[name]
 
-    whole = _PLACEHOLDER.fullmatch(value)
+    whole = PLACEHOLDER.fullmatch(value)
     if whole and whole[1]:
         return field_of(whole)
-    return _PLACEHOLDER.sub(lambda m: str(field_of(m)) if m[1] else m.group()[0], value)
+    return PLACEHOLDER.sub(lambda m: str(field_of(m)) if m[1] else m.group()[0], value)
 
 
 def judged_text(text: str) -> str:
@@ -108,14 +219,14 @@ def judged_text(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RubricReward:
-    """Scores a response by a rubric, one judge call per criterion and vote, all at once.
+    """Scores a response by a rubric, with a judge asked in one of three ways, all questions and votes at once.
 
     A vote that stays unreadable after the retries is left out. A criterion that matters (a weight above 0, or a veto)
     and got no readable vote makes ``value=None``: leaving it out would let a judge's failure raise the score. So does
     a rubric none of whose judge criteria has a score. ``JudgeError`` from the judge itself propagates.
     """
 
-    rubric: Rubric
+    rubric: RubricSource
     judge: Judge | None = None
     """None means the policy: the rollout worker lends a snapshot through ``with_policy``."""
     dialect: Dialect = field(default_factory=JsonDialect)
@@ -124,20 +235,36 @@ class RubricReward:
     max_retries: int = 2
     """Extra calls with new seeds for a reply that cannot be read."""
     max_tokens: int = 512
-    """Budget of one reply."""
+    """Budget of a reply about one criterion; one about several has as many times that."""
     temperature: float = 0.5
     """Of the policy as judge; a judge of your own has its own."""
+    mode: Literal["explicit", "batched", "implicit"] = "explicit"
+    """One call per criterion; one for many; or one for all with a single mark, the criteria being its guide, besides
+    those for vetoes (RaR, arXiv 2507.17746, has the first and the last)."""
+    batch_size: int | None = None
+    """Criteria per call in ``batched``, all when None. They come in another order for each vote."""
+    scale: tuple[str, ...] = SCALE
+    """Marks in ``implicit``, worst first."""
 
     def __post_init__(self) -> None:
-        if self.votes < 1 or self.max_retries < 0:
+        if self.votes < 1 or self.max_retries < 0 or (self.batch_size is not None and self.batch_size < 1):
             raise RecipeError(
-                f"RubricReward: votes = {self.votes}, max_retries = {self.max_retries}; expected votes >= 1 and "
-                "max_retries >= 0"
+                f"RubricReward: votes = {self.votes}, max_retries = {self.max_retries}, batch_size = "
+                f"{self.batch_size}; expected votes >= 1, max_retries >= 0, and batch_size >= 1 or None"
             )
-        graded = [c.id for c in self.rubric.criteria if c.choices]
+        if self.mode not in ("explicit", "batched", "implicit"):
+            raise RecipeError(f"RubricReward: mode = {self.mode!r}; expected explicit, batched or implicit")
+        if self.mode != "explicit" and not isinstance(self.dialect, JsonDialect):
+            raise RecipeError(f"RubricReward: mode = {self.mode!r} needs dialect = JsonDialect(), not {self.dialect!r}")
+        rubric = self.rubric.rubric if isinstance(self.rubric, EditableRubric) else self.rubric
+        if isinstance(rubric, Rubric):
+            self._check_dialect(rubric)
+
+    def _check_dialect(self, rubric: Rubric) -> None:
+        graded = [c.id for c in rubric.criteria if c.choices]
         if graded and isinstance(self.dialect, LineDialect):
             raise RecipeError(
-                f"rubric {self.rubric.id!r}: criteria {', '.join(graded)} have choices, which the line dialect cannot "
+                f"rubric {rubric.id!r}: criteria {', '.join(graded)} have choices, which the line dialect cannot "
                 "express; use JsonDialect() or drop the choices"
             )
 
@@ -145,80 +272,137 @@ class RubricReward:
         """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
         return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """See ``posttrain.protocols.Reloadable``."""
+        return texts_in_effect(self.rubric)
+
+    def read_files(self) -> Mapping[str, str]:
+        return texts_on_disk(self.rubric)
+
+    def with_files(self, texts: Mapping[str, str]) -> RubricReward:
+        return replace(self, rubric=with_text_of(self.rubric, texts))
+
+    async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
+        if not isinstance(self.rubric, EditableRubric):
+            return {}
+        scores = [await self.score(rollout) for rollout in self.rubric.anchors]
+        return {self.rubric.path: tuple(score.value for score in scores)}
+
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        rubric = self.rubric.for_task(rollout.task)
+        self._check_dialect(rubric)
         response = judged_text(rollout.text)
-        criteria = tuple(_filled(criterion, self.rubric, rollout.task) for criterion in self.rubric.criteria)
+        criteria = tuple(fill_criterion(criterion, rubric, rollout.task) for criterion in rubric.criteria)
+        if self.mode == "implicit":
+            criteria = merge_judged(criteria, self.scale)
         if not words(response):
             # A judge asked about nothing tends to answer met: settled before anyone is asked.
+            low, high = rubric.aggregation.clip
             return Score(
-                value=self.rubric.aggregation.clip[0],
-                rubric_version=self.rubric.version,
+                value=min(max(0.0, low), high),
+                rubric_version=rubric.version,
                 flags=("empty",),
                 explanation="The response has no words.",
             )
-        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], rollout, response)
+        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], rollout, response, rubric)
         checked = {c.id: _checked(c, response) for c in criteria if c.kind == "code"}
-        return self._combine(criteria, checked, judgments, response)
+        return self._combine(rubric, criteria, checked, judgments, response)
 
     async def _judge_all(
-        self, criteria: Sequence[Criterion], rollout: Rollout, response: str
+        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, rubric: Rubric
     ) -> Mapping[str, tuple[Judgment, ...]]:
+        size = (self.batch_size or len(criteria)) if self.mode == "batched" else 1
+        batches = [
+            (vote, batch)
+            for vote in range(self.votes)
+            for batch in split(criteria, size, key=(rollout.task.id, response, rubric.version, vote))
+        ]
         try:
             # A task group, since gather would leave the other calls running, and paid for, after one has failed.
             async with asyncio.TaskGroup() as group:
-                votes = {
-                    c.id: [group.create_task(self._vote(c, rollout, response, vote)) for vote in range(self.votes)]
-                    for c in criteria
-                }
+                tasks = [
+                    group.create_task(self._ask_batch(batch, rollout, response, vote))
+                    if self.mode == "batched"
+                    else group.create_task(self._ask_one(batch[0], rollout, response, vote))
+                    for vote, batch in batches
+                ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return {name: tuple(task.result() for task in tasks) for name, tasks in votes.items()}
+        given: dict[str, list[Judgment]] = {c.id: [] for c in criteria}
+        for task in tasks:
+            for judgment in task.result():
+                given[judgment.criterion].append(judgment)
+        return {name: tuple(votes) for name, votes in given.items()}
+
+    async def _ask_one(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> tuple[Judgment, ...]:
+        return (await self._vote(criterion, rollout, response, vote),)
+
+    async def _ask_batch(
+        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, vote: int
+    ) -> tuple[Judgment, ...]:
+        """One readable reply about several criteria, asking again with new seeds; ``unreadable`` when there is none."""
+        judge = self._judge_for(criteria[0])
+        canary = isinstance(self.dialect, JsonDialect) and self.dialect.canary
+        questions = [_question(c, rollout, response) for c in criteria]
+        reply = ""
+        for attempt in range(self.max_retries + 1):
+            key = (rollout.task.id, tuple((c.id, c.text) for c in criteria), vote, attempt, response)
+            nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
+            budget = self.max_tokens * len(criteria)
+            try:
+                messages = render_batch(questions, nonce, canary=canary)
+                reply = await judge.ask(messages, max_tokens=budget, seed=_seed(key))
+                verdicts = parse_batch(reply, questions, nonce, canary=canary)
+            except UnreadableReply as failure:
+                reply = failure.reply
+                continue
+            return tuple(
+                _judgment(c, check_evidence(verdict, response, required=c.evidence), reply)
+                for c, verdict in zip(criteria, verdicts, strict=True)
+            )
+        return tuple(Judgment(criterion=c.id, verdict=UNREADABLE, score=None, reply=reply) for c in criteria)
+
+    def _judge_for(self, criterion: Criterion) -> Judge:
+        if self.judge is None:
+            raise RecipeError(
+                f"rubric criterion {criterion.id!r} needs a judge; set RubricReward.judge, or call with_policy to let "
+                "the policy judge"
+            )
+        return self.judge
 
     async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> Judgment:
         """One readable verdict, asking again with new seeds; ``unreadable`` when there is none."""
-        if self.judge is None:
-            raise RecipeError(
-                f"rubric {self.rubric.id!r}: criterion {criterion.id!r} needs a judge; set RubricReward.judge, or call "
-                "with_policy to let the policy judge"
-            )
-        question = Question(
-            id=criterion.id,
-            criterion=criterion.text,
-            labels=criterion.labels,
-            prompt=rollout.task.prompt,
-            response=response,
-        )
+        judge = self._judge_for(criterion)
+        question = _question(criterion, rollout, response)
         reply = ""
         for attempt in range(self.max_retries + 1):
             # Nothing of the rollout but its text: equal responses to a task are asked about once where calls are kept.
-            key = (self.rubric.version, rollout.task.id, criterion.id, vote, attempt, response)
+            key = (rollout.task.id, criterion.id, criterion.text, vote, attempt, response)
             nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
             messages = self.dialect.render(question, nonce)
             try:
-                reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
+                reply = await judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
                 verdict = self.dialect.parse(reply, question, nonce)
             except UnreadableReply as failure:
                 reply = failure.reply
                 continue
-            verdict = check_evidence(verdict, response, required=criterion.evidence)
-            score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)
-            return Judgment(
-                criterion=criterion.id, verdict=verdict.label, score=score, evidence=verdict.evidence, reply=reply
-            )
+            return _judgment(criterion, check_evidence(verdict, response, required=criterion.evidence), reply)
         return Judgment(criterion=criterion.id, verdict=UNREADABLE, score=None, reply=reply)
 
     def _combine(
         self,
+        rubric: Rubric,
         criteria: Sequence[Criterion],
         checked: Mapping[str, float],
         judgments: Mapping[str, tuple[Judgment, ...]],
         response: str,
     ) -> Score:
-        na = self.rubric.aggregation.na
+        na = rubric.aggregation.na
         judged = {name: _mean_vote(votes, na) for name, votes in judgments.items()}
         parts = {**{c.id: None for c in criteria}, **checked, **judged}
         error = _unscorable(criteria, judged, judgments, na)
-        total = Total(None) if error else aggregate(criteria, parts, self.rubric.aggregation.clip)
+        total = Total(None) if error else aggregate(criteria, parts, rubric.aggregation.clip)
         error = error or (None if total.value is not None else "no criterion could be scored")
         unread = any(j.verdict == UNREADABLE for votes in judgments.values() for j in votes)
         failure = ScoreStatus.PARSE_ERROR if unread else ScoreStatus.JUDGE_ERROR
@@ -229,16 +413,31 @@ class RubricReward:
             status=failure if error else ScoreStatus.VETOED if total.vetoes else ScoreStatus.OK,
             error=error,
             judgments=tuple(judgment for votes in judgments.values() for judgment in votes),
-            rubric_version=self.rubric.version,
+            rubric_version=rubric.version,
             flags=(f"reserved_markers:{hidden}",) if hidden else (),
             explanation=error or _explain(parts, total),
         )
 
 
-def _filled(criterion: Criterion, rubric: Rubric, task: Task) -> Criterion:
+def fill_criterion(criterion: Criterion, rubric: Rubric, task: Task) -> Criterion:
     where = f"rubric {rubric.id!r}, criterion {criterion.id!r}, task {task.id!r}"
     args = {name: fill(value, task.info, where) for name, value in criterion.args.items()}
     return criterion.model_copy(update={"text": str(fill(criterion.text, task.info, where)), "args": args})
+
+
+def _question(criterion: Criterion, rollout: Rollout, response: str) -> Question:
+    return Question(
+        id=criterion.id,
+        criterion=criterion.claim,
+        labels=criterion.labels,
+        prompt=rollout.task.prompt,
+        response=response,
+    )
+
+
+def _judgment(criterion: Criterion, verdict: Verdict, reply: str) -> Judgment:
+    score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)
+    return Judgment(criterion=criterion.id, verdict=verdict.label, score=score, evidence=verdict.evidence, reply=reply)
 
 
 def _checked(criterion: Criterion, response: str) -> float:

@@ -25,7 +25,7 @@ from posttrain.config import Workers
 from posttrain.engine.file_journal import FileJournal
 from posttrain.engine.journal import Journal
 from posttrain.errors import EngineStopped
-from posttrain.protocols import Substrate
+from posttrain.protocols import Reloadable, Substrate
 from posttrain.rollout.arrays import split
 from posttrain.rollout.outcomes import Outcomes
 from posttrain.rollout.player import GroupJob
@@ -308,6 +308,10 @@ class RolloutWorker:
             yield index, light, len(arrays)
             for each in arrays:
                 yield each
+
+    async def score_anchors(self, reward: Reloadable) -> Mapping[str, tuple[float | None, ...]]:
+        """See ``Player.score_anchors``."""
+        return await self._player.score_anchors(reward)
 
     async def counters(self) -> dict[str, float]:
         """What went wrong around the policy since the worker was made. Answered at once by a worker that lives."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
-from posttrain.errors import UnreadableReply
-from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reward, Substrate
+from posttrain.errors import JudgeError, UnreadableReply
+from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reloadable, Reward, Substrate
 from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.rollout.outcomes import Outcomes
 from posttrain.types import (
@@ -30,6 +30,8 @@ from posttrain.types import (
     StopReason,
     Task,
 )
+
+R = TypeVar("R", Reward, GroupReward, Reloadable)
 
 GRACE_S = 5.0
 """How long an episode past its deadline may take to end; after that it is left behind."""
@@ -249,6 +251,11 @@ class Player:
         )
         return Rollout(id=rollout_id, task=task, turns=(), stop=StopReason.DEADLINE, error=error)
 
+    async def score_anchors(self, reward: Reloadable) -> Mapping[str, tuple[float | None, ...]]:
+        """See ``Reloadable``; a reward that is judged by the policy is lent the snapshot."""
+        async with asyncio.timeout(self._workers.reward_deadline_s):
+            return await self._with_judge(reward).score_anchors()
+
     @property
     def left_behind(self) -> int:
         """Episodes that were given up and still hold their places and boxes."""
@@ -257,20 +264,31 @@ class Player:
     async def _score(self, reward: Reward | GroupReward | None, rollout: Rollout, boxes: Boxes) -> Score:
         if reward is None or isinstance(reward, GroupReward):
             return unscored(ScoreStatus.ROLLOUT_ERROR, rollout.error) if rollout.failed else Score(value=None)
-        if isinstance(reward, PolicyJudged):
-            if self._ask is None:
-                return unscored(ScoreStatus.JUDGE_ERROR, "the reward wants the policy as judge; none was loaded")
-            reward = reward.with_policy(self._ask)
+        try:
+            reward = self._with_judge(reward)
+        except JudgeError as failure:
+            return unscored(ScoreStatus.JUDGE_ERROR, str(failure))
         return await score_rollout(rollout, reward=reward, boxes=boxes, deadline_s=self._workers.reward_deadline_s)
+
+    def _with_judge(self, reward: R) -> R:
+        """The same reward; one that is judged by the policy with the snapshot. ``JudgeError`` when there is none."""
+        if not isinstance(reward, PolicyJudged):
+            return reward
+        if self._ask is None:
+            raise JudgeError("the reward wants the policy as judge; none was loaded")
+        return cast(R, reward.with_policy(self._ask))
 
     async def _score_group(self, reward: GroupReward, rollouts: Sequence[Rollout]) -> tuple[Score, ...]:
         """Scores for the rollouts that happened; the failed ones stay unscored and are not shown to the reward."""
         whole = [rollout for rollout in rollouts if not rollout.failed]
         try:
+            reward = self._with_judge(reward)
             async with asyncio.timeout(self._workers.reward_deadline_s):
                 given = [checked(score, reward) for score in await reward.score_group(whole)] if whole else []
             if len(given) != len(whole):
                 raise ValueError(f"reward gave {len(given)} scores for {len(whole)} rollouts")
+        except JudgeError as failure:
+            given = [unscored(ScoreStatus.JUDGE_ERROR, str(failure))] * len(whole)
         except Exception as failure:  # noqa: BLE001 - a broken reward leaves the group unscored, not the run dead
             given = [unscored(ScoreStatus.REWARD_ERROR, f"{type(failure).__name__}: {failure}")] * len(whole)
         scores = iter(given)

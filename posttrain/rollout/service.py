@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from posttrain.config import Workers
 from posttrain.errors import Preempted
+from posttrain.protocols import Reloadable
 from posttrain.rollout.actors import EngineActor, RolloutWorker, Weights, WorkerSpec
 from posttrain.rollout.arrays import attach
 from posttrain.rollout.outcomes import Outcomes
@@ -158,6 +159,24 @@ class RolloutService:
             for member in (*self._engines, *self._players):
                 member.replaced = 0
         return complete
+
+    def score_anchors(self, reward: Reloadable) -> Mapping[str, tuple[float | None, ...]]:
+        """What a reward gives to its fixed responses (``Reloadable``), found by a worker.
+
+        Raises ``RuntimeError``, with the reason, when it cannot be had.
+        """
+        member = self._players[0]
+        for _ in range(1 + self._workers.max_retries):
+            try:
+                return ray.get(
+                    member.actor.score_anchors.remote(reward), timeout=self._workers.reward_deadline_s + _NAME_S
+                )
+            except RayActorError as error:
+                reason = _last_line(error)
+                self._lose_worker(member, reason)
+            except RayError as error:
+                raise RuntimeError(_last_line(error)) from error
+        raise RuntimeError(reason)
 
     def forget(self, stage: str, before_step: int) -> None:
         """Rollouts of a stage's earlier steps have been learned from and checkpointed: their records may go."""

@@ -36,6 +36,8 @@ class EventKind(StrEnum):
     STAGE_FINISHED = "stage_finished"
     WARNING = "warning"
     """Something the reader of the report should know: ``message``."""
+    RELOADED = "reloaded"
+    """Edited ``files`` of ``stage``'s reward take effect with ``step``; ``anchors``: how far fixed responses moved."""
     FINISHED = "finished"
 
 

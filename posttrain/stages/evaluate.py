@@ -17,6 +17,7 @@ from posttrain.rollout.arrays import free_groups
 from posttrain.runs.evaluation import ModelName, ModelScores, scores_path
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
+from posttrain.stages.reward_files import RewardFiles
 from posttrain.stages.session import Session
 from posttrain.types import Group
 
@@ -57,6 +58,11 @@ def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Con
     progress = session.progress.stage(stage.name, len(entrants), first_step=already)
     if any(session.judged_by_policy(entrant.domain) for entrant in missing):
         session.send_checkpoint(session.base_path, judge=True)
+    for domain in dict.fromkeys(entrant.domain for entrant in entrants):
+        # All contestants, over a resumption too, are measured by one version of the files.
+        files = RewardFiles(session, stage, domain)
+        files.restore(0)
+        files.refresh(0)
     loaded: str | None = None
     for done, entrant in enumerate(missing, start=already + 1):
         if loaded != entrant.path:

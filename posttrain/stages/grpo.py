@@ -26,6 +26,7 @@ from posttrain.rollout.samples import (
 from posttrain.rollout.stream import GroupStream
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
+from posttrain.stages.reward_files import RewardFiles
 from posttrain.stages.session import Position, Session
 from posttrain.types import Sample, Task
 
@@ -51,18 +52,21 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     judge = JudgeSnapshots(session, learner, folder=stage.judges) if session.judged_by_policy(domain_name) else None
     if judge is not None:
         judge.restore(first, start)
+    files = RewardFiles(session, stage, domain_name)
+    files.restore(first)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     for step in range(first, config.max_steps):
         if judge is not None:
             judge.refresh(step)
+        reloaded = files.refresh(step)
         with session.waiting(learner, stage, step, stream):
             groups = stream.take()
         with PREEMPTION.postponed():
             session.check_scored(stage, groups)
             advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
             oldest = step - config.max_staleness
-            metrics = group_metrics(groups) | staleness_metrics(groups, step, oldest=oldest)
+            metrics = group_metrics(groups) | staleness_metrics(groups, step, oldest=oldest) | reloaded
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"

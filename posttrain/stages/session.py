@@ -17,7 +17,7 @@ from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.learner import Learner
 from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import KeepsBoxes, PolicyJudged
+from posttrain.protocols import GroupReward, KeepsBoxes, PolicyJudged, Reward
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.rollout.stream import GroupStream
 from posttrain.runs.metrics import MetricsLog
@@ -51,6 +51,8 @@ class Session:
     progress: Progress
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _warned: set[str] = field(default_factory=set)
+    _rewards: dict[str, Reward | GroupReward] = field(default_factory=dict)
+    """By domain, where it is no longer the recipe's own."""
 
     def __enter__(self) -> Self:
         return self
@@ -123,13 +125,21 @@ class Session:
         domain = self.recipe.domains[task.domain]
         play = Play(
             environment=domain.environment,
-            reward=domain.reward if scored else None,
+            reward=self.reward(task.domain) if scored else None,
             sampling=_greedy(domain.sampling) if greedy else domain.sampling,
             max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
         )
         return GroupJob(
             id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
         )
+
+    def reward(self, domain: str) -> Reward | GroupReward:
+        """The domain's reward, with its files as they were last taken up."""
+        return self._rewards.get(domain, self.recipe.domains[domain].reward)
+
+    def use_reward(self, domain: str, reward: Reward | GroupReward) -> None:
+        """Score the rollouts of all jobs made from now on with another version of the domain's reward."""
+        self._rewards[domain] = reward
 
     def warn(self, message: str) -> None:
         """Put something the reader of the report should know into the report."""
