@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 from pydantic import Field, ValidationError, model_validator
 
 from posttrain.config import Value
-from posttrain.errors import JudgeError, RecipeError
+from posttrain.errors import RecipeError, UnreadableReply
 from posttrain.protocols import Ask, Judge, Sandbox
 from posttrain.types import Judgment, Rollout, Score, ScoreStatus, Task
 from rewards.batched import parse_batch, render_batch, split
@@ -322,9 +322,9 @@ class RubricReward:
             # A task group, since gather would leave the other calls running, and paid for, after one has failed.
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._ask_batch(batch, rollout, response, vote))
+                    group.create_task(self._ask_batch(batch, rollout, response, vote, rubric.version))
                     if self.mode == "batched"
-                    else group.create_task(self._ask_one(batch[0], rollout, response, vote))
+                    else group.create_task(self._ask_one(batch[0], rollout, response, vote, rubric.version))
                     for vote, batch in batches
                 ]
         except ExceptionGroup as failures:
@@ -335,24 +335,28 @@ class RubricReward:
                 given[judgment.criterion].append(judgment)
         return {name: tuple(votes) for name, votes in given.items()}
 
-    async def _ask_one(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> tuple[Judgment, ...]:
-        return (await self._vote(criterion, rollout, response, vote),)
+    async def _ask_one(
+        self, criterion: Criterion, rollout: Rollout, response: str, vote: int, version: str
+    ) -> tuple[Judgment, ...]:
+        return (await self._vote(criterion, rollout, response, vote, version),)
 
     async def _ask_batch(
-        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, vote: int
+        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, vote: int, version: str
     ) -> tuple[Judgment, ...]:
         """One readable reply about several criteria, asking again with new seeds; ``unreadable`` when there is none."""
         judge = self._judge_for(criteria[0])
         questions = [_question(c, rollout, response) for c in criteria]
         reply = ""
         for attempt in range(self.max_retries + 1):
-            key = (rollout.id, tuple(c.id for c in criteria), vote, attempt)
+            # Nothing of the rollout but its text: equal responses to a task are asked about once where calls are kept.
+            key = (version, rollout.task.id, tuple(c.id for c in criteria), vote, attempt, response)
             nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
             budget = self.max_tokens * len(criteria)
-            reply = await judge.ask(render_batch(questions, nonce), max_tokens=budget, seed=_seed(key))
             try:
+                reply = await judge.ask(render_batch(questions, nonce), max_tokens=budget, seed=_seed(key))
                 verdicts = parse_batch(reply, questions, nonce)
-            except JudgeError:
+            except UnreadableReply as failure:
+                reply = failure.reply
                 continue
             return tuple(
                 _judgment(c, check_evidence(verdict, response, required=c.evidence), reply)
@@ -368,19 +372,20 @@ class RubricReward:
             )
         return self.judge
 
-    async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int) -> Judgment:
+    async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int, version: str) -> Judgment:
         """One readable verdict, asking again with new seeds; ``unreadable`` when there is none."""
         judge = self._judge_for(criterion)
         question = _question(criterion, rollout, response)
         reply = ""
         for attempt in range(self.max_retries + 1):
-            key = (rollout.id, criterion.id, vote, attempt)
+            key = (version, rollout.task.id, criterion.id, vote, attempt, response)
             nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
             messages = self.dialect.render(question, nonce)
-            reply = await judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
             try:
+                reply = await judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
                 verdict = self.dialect.parse(reply, question, nonce)
-            except JudgeError:
+            except UnreadableReply as failure:
+                reply = failure.reply
                 continue
             return _judgment(criterion, check_evidence(verdict, response, required=criterion.evidence), reply)
         return Judgment(criterion=criterion.id, verdict=UNREADABLE, score=None, reply=reply)
