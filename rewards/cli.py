@@ -1,4 +1,4 @@
-"""``posttrain rewards lint | score | convert``, the command line of rewards and rubrics.
+"""``posttrain rewards lint | score | convert | audit``, the command line of rewards and rubrics.
 
 A command is a module with ``add_parser(commands)``, which adds its parser and sets ``command`` to a function of the
 parsed arguments that returns the exit code.
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from posttrain.errors import JudgeError, RecipeError, SandboxError
-from rewards import convert, lint, score
+from rewards import audit, convert, lint, score
 
-COMMANDS = (lint, score, convert)
+COMMANDS = (lint, score, convert, audit)
 """In the order ``--help`` lists them."""
 
 
