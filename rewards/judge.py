@@ -148,7 +148,7 @@ def canary_of(nonce: str) -> Canary:
     digest = hashlib.sha256(f"canary {nonce}".encode()).hexdigest()
     word = "".join(chr(ord("a") + int(digit, 16)) for digit in digest[:10])
     return Canary(
-        id=f"c{int(digest[10:14], 16)}", text=_CANARIES[int(digest[14], 16) % len(_CANARIES)].format(word=word)
+        id=f"c{int(digest[10:14], 16)}", text=_CANARIES[int(digest[16], 16) % len(_CANARIES)].format(word=word)
     )
 
 
@@ -229,7 +229,7 @@ def render_json_prompt(question: Question, nonce: str, canary: Canary | None = N
         asked = list(shuffled([*asked, (canary.id, canary.text, canary.labels)], nonce))
     rules = _JSON_RULES.format(
         nonce=nonce,
-        rows=", ".join(_row(name, (*shuffled(labels, nonce), CANNOT_ASSESS)) for name, _, labels in asked),
+        rows=", ".join(reply_row(name, (*shuffled(labels, nonce), CANNOT_ASSESS)) for name, _, labels in asked),
     )
     criteria = [{"id": name, "text": text} for name, text, _ in asked]
     material = {
@@ -240,7 +240,8 @@ def render_json_prompt(question: Question, nonce: str, canary: Canary | None = N
     return ({"role": "system", "content": rules}, {"role": "user", "content": json.dumps(material, ensure_ascii=False)})
 
 
-def _row(criterion: str, labels: Sequence[str]) -> str:
+def reply_row(criterion: str, labels: Sequence[str]) -> str:
+    """How the verdict on one criterion is to be written."""
     quote = "<exact quote from the response, or empty>"
     return f'{{"id": {json.dumps(criterion)}, "evidence": "{quote}", "verdict": "<{"|".join(labels)}>"}}'
 
