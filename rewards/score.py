@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 from posttrain.errors import JudgeError, RecipeError
 from posttrain.protocols import Judge
 from posttrain.types import Rollout, Score, ScoreStatus
-from rewards.judge import JsonDialect, LineDialect
+from rewards.judge import Dialect, JsonDialect, LineDialect
 from rewards.rows import read_rollouts
 from rewards.rubric import Rubric, RubricReward, RubricSource, TaskRubric
 
-_DIALECTS = {"json": JsonDialect, "line": LineDialect}
+_DIALECTS: Mapping[str, Callable[[], Dialect]] = {"json": JsonDialect, "line": LineDialect}
 
 
 async def score_rows(reward: RubricReward, rollouts: Sequence[Rollout], *, concurrency: int = 8) -> list[Score]:
