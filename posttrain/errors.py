@@ -31,5 +31,14 @@ class JudgeError(RuntimeError):
     """The judge failed or could not be read. The rollout stays unscored; it does not get 0.0."""
 
 
+class UnreadableReply(JudgeError):
+    """A judge answered, but with nothing that counts as a verdict. Another seed may give a reply that does."""
+
+    def __init__(self, message: str, reply: str = "") -> None:
+        super().__init__(message)
+        self.reply = reply
+        """What it said, as far as it is known."""
+
+
 class Preempted(KeyboardInterrupt):
     """The run was told by SIGTERM to stop, to be resumed later: what is under way is put away rather than removed."""

@@ -218,7 +218,7 @@ class GroupReward(Protocol):
 
 @runtime_checkable
 class Ask(Protocol):
-    """Puts one conversation to a model and returns its reply as text."""
+    """Puts one conversation to a model and returns its reply as text. ``UnreadableReply`` for one that was cut off."""
 
     async def __call__(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> str: ...
 
@@ -266,7 +266,8 @@ class Judge(Protocol):
     """Answers judge prompts."""
 
     async def ask(self, messages: Sequence[Message], *, max_tokens: int, seed: int) -> str:
-        """The reply as text. Raises ``JudgeError`` when no reply can be had."""
+        """The reply as text. Raises ``JudgeError`` when no reply can be had, ``UnreadableReply`` (one of its kinds)
+        when there was one that must not be read, such as one cut off by its budget."""
         ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from posttrain.errors import JudgeError, RecipeError
+from posttrain.errors import RecipeError, UnreadableReply
 from posttrain.protocols import Ask, Judge
 from posttrain.types import Judgment, Message, Rollout, Score, ScoreStatus, Task
 from rewards.checks import words
@@ -30,7 +30,7 @@ from rewards.rubric import (
     texts_on_disk,
     with_text_of,
 )
-from rewards.untrusted import judge_view
+from rewards.untrusted import judge_view, visible
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 _ID = "better"
@@ -148,12 +148,13 @@ class PairwiseReward:
             nonce = derive_nonce(*key, response="\n".join(shown), num_chars=_NONCE_CHARS)
             seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]) >> 1
             messages = render_pair(prompt, criteria, shown, nonce)
-            reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=seed)
             try:
+                reply = await self.judge.ask(messages, max_tokens=self.max_tokens, seed=seed)
                 verdict = parse_json_reply(reply, nonce, {_ID: (FIRST, SECOND, TIE)})[0]
-            except JudgeError:
+            except UnreadableReply as failure:
+                reply = failure.reply
                 continue
-            quote = one_line(verdict.evidence)
+            quote = one_line(visible(verdict.evidence))
             invented = bool(quote) and not any(quote in one_line(judge_view(text).text) for text in shown)
             label = CANNOT_ASSESS if invented else verdict.label
             return Judgment(criterion=name, verdict=label, score=_SHARES[label], evidence=verdict.evidence, reply=reply)

@@ -14,20 +14,35 @@ from dataclasses import dataclass
 _RESERVED = re.compile(
     r"""
       </?[|\uff5c][^<>\n]{0,80}>                           # <|im_start|>, DeepSeek's full-width specials, DSML tags
-    | </?(?:think|thinking|tool_calls?|tool_response|tools?|function_calls?|invoke|parameter|score|answer|verdict
-         |system|user|assistant|start_of_turn|end_of_turn|bos|eos|s)(?:\s[^<>\n]{0,80})?>
-    | \[/?INST\] | <</?SYS>>
+    | </?(?:think|thinking|tool_calls?|tool_response|tool_sep|tools?|function_calls?|invoke|parameter|arg_key|arg_value
+         |score|answer|verdict|system|user|assistant|human|observation|start_of_turn|end_of_turn|start_of_image
+         |bos|eos|eod|eot|pad|unk|mask|sop|eop|eoh|eoa|s
+         |bos_token|eos_token|extra_id_\d+|reserved_\d+|special_\d+|unused\d+|tokens_unused_\d+
+         |response|rubric|criterion|criteria|conversation)(?:\s[^<>\n]{0,80})?/?>
+    | </?(?:function|parameter)=[^<>\n]{0,80}>             # Qwen3-Coder's calls
+    | </?(?:seed|minimax):[^<>\n]{0,80}>                   # Seed-OSS and MiniMax
+    | \]~[!b]?\[?b?\] | \[e~\[                             # MiniMax turns
+    | \[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|THINK|ARGS|CALL_ID|gMASK
+         |RESULT)\]                                        # Llama 2, Mistral, GLM, Prometheus
+    | <</?SYS>>
+    | ^[ \t]*\#{2,4}[ \t]*(?:Instruction|Input|Response|System|User|Human|Assistant)[ \t]*(?::|$)
+    | \#{1,6}[ \t]*Final[ ]Score\b
+    | ^[ \t]*(?:Human|Assistant|User|System)[ \t]*:        # plain-text chat formats
     | \\boxed\b
-    | \[\[[A-Za-z0-9]{1,3}\]\]
+    | \[\[[A-Za-z0-9.]{1,4}\]\]
     | \bGRADE\s*:
-    | "(?:verdicts?|n|nonce|criteria_met)"\s*:
+    | "(?:verdicts?|n|nonce|criteria_met|score|rating|grade)"\s*:
     | \bJudge\s+[0-9a-f]{4,32}\b
     | (?:^|\s)(?:Criterion|Text)\s*:
     | \b[0-9a-f]{4,32}\s+(?:met|unmet|cannot_assess)\b
     """,
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 
+# Not of category Cf, yet drawn as nothing: fillers, joiners and variation selectors, which also carry hidden text.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -45,13 +60,19 @@ def judge_view(text: str) -> JudgeView:
     Repeats until nothing is left to replace, since removing one marker may join the halves of another; it ends because
     every replacement takes away a bracket, colon, quote, backslash or blank that all markers need.
     """
-    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
-    total = len(text) - len(visible)
+    shown = visible(text)
+    # Those that choose between two looks of an emoji are in ordinary texts, too.
+    total = len(text) - len(shown) - sum(map(text.count, "\ufe0e\ufe0f"))
     while True:
-        visible, count = _RESERVED.subn(_inert, visible)
+        shown, count = _RESERVED.subn(_inert, shown)
         if count == 0:
-            return JudgeView(visible, total)
+            return JudgeView(shown, total)
         total += count
+
+
+def visible(text: str) -> str:
+    """The text without characters that nobody sees: zero-width, bidirectional, tags, fillers, variation selectors."""
+    return _UNSEEN.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
 
 
 def _inert(match: re.Match[str]) -> str:

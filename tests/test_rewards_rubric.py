@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.errors import JudgeError, RecipeError
+from posttrain.errors import JudgeError, RecipeError, UnreadableReply
 from posttrain.protocols import PolicyJudged, Reward
 from posttrain.types import Completion, FinishReason, Message, Rollout, Score, ScoreStatus, StopReason, Task, Turn
 from rewards.checks import CHECKS
@@ -179,6 +179,22 @@ def test_retries_use_new_seeds_and_stop() -> None:
     judge = ScriptedJudge(lambda criterion, call: "garbage")
     assert asyncio.run(RubricReward(rubric(judged("a")), judge, max_retries=1).score(rollout("x y"))).value is None
     assert len(judge.calls) == 2
+
+
+def test_a_reply_that_was_cut_off_is_asked_for_again() -> None:
+    class CutsOff(ScriptedJudge):
+        async def ask(self, messages: Sequence[Message], *, max_tokens: int, seed: int) -> str:
+            reply = await super().ask(messages, max_tokens=max_tokens, seed=seed)
+            if len(self.calls) <= 2:
+                raise UnreadableReply("cut off", reply)
+            return reply
+
+    for retries, value in ((2, 1.0), (1, None)):
+        reward = RubricReward(rubric(judged("a")), CutsOff(lambda criterion, call: "met"), max_retries=retries)
+        score = asyncio.run(reward.score(rollout("Some words.")))
+        assert score.value == value
+        assert '"verdict": "met"' in score.judgments[0].reply
+    assert score.status is ScoreStatus.PARSE_ERROR
 
 
 def test_outage_is_raised() -> None:

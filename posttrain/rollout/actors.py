@@ -29,6 +29,7 @@ from posttrain.protocols import Reloadable, Substrate
 from posttrain.rollout.arrays import split
 from posttrain.rollout.outcomes import Outcomes
 from posttrain.rollout.player import GroupJob
+from posttrain.tally import TALLY
 from posttrain.types import Completion, Request
 
 logger = logging.getLogger(__name__)
@@ -315,4 +316,5 @@ class RolloutWorker:
     async def counters(self) -> dict[str, float]:
         """What went wrong around the policy since the worker was made. Answered at once by a worker that lives."""
         counts = {name: float(count) for name, count in asdict(self._player.counters).items()}
-        return counts | {"engine_losses": float(self._engine.lost), "left_behind": float(self._player.left_behind)}
+        counts |= {"engine_losses": float(self._engine.lost), "left_behind": float(self._player.left_behind)}
+        return counts | TALLY.sums()

@@ -14,11 +14,22 @@ from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
-from posttrain.errors import JudgeError
+from posttrain.errors import JudgeError, UnreadableReply
 from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reloadable, Reward, Substrate
 from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.rollout.outcomes import Outcomes
-from posttrain.types import Group, Message, Request, Rollout, Sampling, Score, ScoreStatus, StopReason, Task
+from posttrain.types import (
+    FinishReason,
+    Group,
+    Message,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+    ScoreStatus,
+    StopReason,
+    Task,
+)
 
 R = TypeVar("R", Reward, GroupReward, Reloadable)
 
@@ -53,7 +64,7 @@ class GroupJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAsk:
-    """Lets an engine answer judge prompts (``posttrain.protocols.Ask``)."""
+    """Lets an engine answer judge prompts (``posttrain.protocols.Ask``); one cut off by its budget is unreadable."""
 
     engine: Completer
     chat: ChatFormat
@@ -68,7 +79,11 @@ class EngineAsk:
             seed=seed,
         )
         completion = await self.engine.generate(request)
-        return self.chat.decode(completion.token_ids)
+        reply = self.chat.decode(completion.token_ids)
+        if completion.finish is FinishReason.LENGTH:
+            # The verdict that counts is the last one, and it may have been about to come.
+            raise UnreadableReply(f"the judge's reply was cut off after {max_tokens} tokens", reply)
+        return reply
 
 
 @dataclass(slots=True)

@@ -199,7 +199,8 @@ class RolloutService:
         taken = self._totals - self._taken
         self._taken = Counter(self._totals)
         names = ("engines_replaced", "workers_replaced", "jobs_resubmitted", "jobs_given_up", *_WORTH_TELLING)
-        return {name: float(taken.get(name, 0)) for name in names}
+        tallied = sorted(name for name in self._totals if "/" in name)
+        return {name: float(taken.get(name, 0)) for name in (*names, *tallied)}
 
     def _member(self, kind: str, index: int, engine: str) -> _Member:
         workers = self._workers
