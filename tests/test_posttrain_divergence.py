@@ -247,7 +247,9 @@ def check_tiles(kind: type[TritonTiles] | type[CpuTiles], case: Case, temperatur
     few = hidden[:3], teacher_hidden[:3]
     again, no_gradient = tiles.kl_and_logit_gradient(*few, weights_C=None, temperature=temperature)
     assert no_gradient is None
-    torch.testing.assert_close(again, kl[:3], rtol=0, atol=0)
+    # A GPU's sums are split by the number of positions.
+    rounding = 1e-5 if hidden.is_cuda else 0
+    torch.testing.assert_close(again, kl[:3], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ def use_engine_attention(model: PreTrainedModel) -> None:
     # No mask function is registered under this name, so transformers builds no mask of its own.
     AttentionInterface.register(ENGINE_ATTENTION, engine_attention)
     model.set_attn_implementation(ENGINE_ATTENTION)
+    # cuDNN's kernels are planned for each length anew, which takes 10 ms, and lengths change with every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def engine_attention(
@@ -110,23 +112,38 @@ def engine_attention(
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float) -> torch.Tensor:
     """[N, G * H, D], by the kernels of PyTorch."""
-    fused = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     begin, outputs = layout.num_decoding, []
     if begin:
         mask = layout.decode_mask
         keys, values = (x[:begin, :, : mask.shape[-1]] for x in (key, value))
-        query_BH1D = query[0, :, :begin].transpose(0, 1)[:, :, None]
-        outputs.append(fused(query_BH1D, keys, values, attn_mask=mask)[:, :, 0])
+        # One token's query heads stand in for the queries of their key head, so that no kernel needs to know of groups.
+        query_BHGD = query[0, :, :begin].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+        mixed_BHGD = scaled_dot_product_attention(query_BHGD, keys, values, attn_mask=mask, scale=scaling)
+        outputs.append(mixed_BHGD.flatten(1, 2))
     for stretch in layout.stretches:
         stop = begin + stretch.count
-        keys, values = (x[stretch.row : stretch.row + 1, :, : stretch.stop] for x in (key, value))
-        hidden = _stretch_mask(stretch, query.device)
-        mixed = fused(query[:, :, begin:stop], keys, values, attn_mask=hidden, is_causal=stretch.past == 0)
+        mixed = _fused_stretch(query[:, :, begin:stop], key, value, stretch, scaling)
         outputs.append(mixed[0].transpose(0, 1))
         begin = stop
     # Padding is a copy all the way, or it would overwrite the last token's states with others.
     outputs.append(outputs[-1][-1:].expand(query.shape[2] - begin, -1, -1))
     return torch.cat(outputs)
+
+
+def _fused_stretch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stretch: Stretch, scaling: float
+) -> torch.Tensor:
+    """[1, G * H, Q, D]."""
+    keys, values = (x[stretch.row : stretch.row + 1, :, : stretch.stop] for x in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    mask = _stretch_mask(stretch, query.device)
+    if mask is not None and query.is_cuda and groups > 1:
+        # No fused kernel but cuDNN's takes both a mask and groups.
+        keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    grouped = keys.shape[1] != query.shape[1]
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=stretch.past == 0, scale=scaling, enable_gqa=grouped
+    )
 
 
 def _stretch_mask(stretch: Stretch, device: torch.device) -> torch.Tensor | None:
