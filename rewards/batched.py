@@ -8,16 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from posttrain.types import Message
-from rewards.judge import (
-    CANNOT_ASSESS,
-    Question,
-    Verdict,
-    canary_of,
-    check_canary,
-    parse_json_reply,
-    reply_row,
-    shuffled,
-)
+from rewards.judge import CANNOT_ASSESS, Question, Verdict, canary_of, check_canary, parse_json_reply, shuffled
 from rewards.untrusted import judge_view
 
 T = TypeVar("T")
@@ -45,18 +36,22 @@ def split(items: Sequence[T], size: int, *, key: object) -> list[tuple[T, ...]]:
 def render_batch(questions: Sequence[Question], nonce: str, *, canary: bool = False) -> tuple[Message, ...]:
     """One conversation about several criteria of one response; ``nonce`` is 32 hex characters.
 
-    ``canary`` puts a criterion between them that no response meets. Labels come in an order of the nonce.
+    Criteria, and the canary among them, and their labels come in an order of the nonce.
     """
-    first = questions[0]
     asked = [(question.id, question.criterion, question.labels) for question in questions]
     if canary:
-        alarm = canary_of(nonce)
-        asked.insert(int(nonce[:4], 16) % (len(asked) + 1), (alarm.id, alarm.text, alarm.labels))
-    verdicts = ", ".join(reply_row(name, (*shuffled(labels, nonce), CANNOT_ASSESS)) for name, _, labels in asked)
+        extra = canary_of(nonce)
+        asked.append((extra.id, extra.text, extra.labels))
+    asked = list(shuffled(asked, nonce))
+    verdicts = ", ".join(
+        f'{{"id": {json.dumps(name)}, "evidence": "<exact quote from the response, or empty>", '
+        f'"verdict": "<{"|".join((*shuffled(labels, nonce), CANNOT_ASSESS))}>"}}'
+        for name, _, labels in asked
+    )
     material = {
-        "task": [{"role": message["role"], "content": message["content"]} for message in first.prompt],
+        "task": [{"role": message["role"], "content": message["content"]} for message in questions[0].prompt],
         "criteria": [{"id": name, "text": text} for name, text, _ in asked],
-        "response": judge_view(first.response).text,
+        "response": judge_view(questions[0].response).text,
     }
     return (
         {"role": "system", "content": _RULES.format(nonce=nonce, verdicts=verdicts)},
@@ -65,12 +60,12 @@ def render_batch(questions: Sequence[Question], nonce: str, *, canary: bool = Fa
 
 
 def parse_batch(reply: str, questions: Sequence[Question], nonce: str, *, canary: bool = False) -> tuple[Verdict, ...]:
-    """One verdict a question, in their order. ``UnreadableReply`` unless a reply answers each of them exactly once,
-    and when it says that the canary is met."""
+    """One verdict a question, in their order. ``UnreadableReply`` unless a reply answers each of them exactly once, and
+    when it says that the canary is met."""
     expected = {question.id: question.labels for question in questions}
     if not canary:
         return parse_json_reply(reply, nonce, expected)
-    alarm = canary_of(nonce)
-    *verdicts, last = parse_json_reply(reply, nonce, {**expected, alarm.id: alarm.labels})
-    check_canary(last, reply)
+    extra = canary_of(nonce)
+    *verdicts, alarm = parse_json_reply(reply, nonce, {**expected, extra.id: extra.labels})
+    check_canary(alarm, reply)
     return tuple(verdicts)

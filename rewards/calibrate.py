@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from rewards.golden import Golden, draw, read_golden
 from rewards.judge import CANNOT_ASSESS, Dialect, JsonDialect, LineDialect
 from rewards.rubric import UNREADABLE, Rubric, RubricReward, fill_criterion, judged_text
 from rewards.rule_judge import KnownVerdicts, RuleJudge, refusal_by_wording
-from rewards.score import load_judge
+from rewards.score import open_judge
 
 NO_VERDICT = "no verdict"
 _BUCKETS = ((0, 50), (50, 150), (150, 10**9))
@@ -245,29 +246,26 @@ def _errors_by_words(answered: Sequence[_Judged]) -> dict[str, float]:
     return found
 
 
-def choose_judge(spec: str, rubric: Rubric, golden: Sequence[Golden]) -> Judge:
-    """The judge that ``--judge`` names. Raises ``RecipeError`` that lists the forms."""
-    if spec == "perfect":
-        return RuleJudge(known_verdicts(rubric, golden))
-    if spec == "regex":
-        return RuleJudge(refusal_by_wording)
+@contextlib.contextmanager
+def choose_judge(
+    spec: str, rubric: Rubric, golden: Sequence[Golden], *, model: str = "", key_env: str | None = None
+) -> Iterator[Judge]:
+    """The judge that ``--judge`` names: ``perfect`` knows the labels, ``regex`` looks for words of refusal,
+    ``forced:PATH`` is a checkpoint's likelier reply in the line dialect, all others are those of ``rewards score``."""
     kind, _, path = spec.partition(":")
-    if kind in ("hf", "hf-forced"):
+    if spec == "perfect":
+        yield RuleJudge(known_verdicts(rubric, golden))
+    elif spec == "regex":
+        yield RuleJudge(refusal_by_wording)
+    elif kind == "forced":
         from rewards.hf_judge import HFJudge
 
-        return HFJudge(path=path, forced=kind == "hf-forced")
-    if spec.startswith(("http://", "https://")):
-        from rewards.endpoint import EndpointJudge
-
-        url, _, model = spec.partition("#")
-        return EndpointJudge(base_url=url, model=model)
-    judge = load_judge(spec)
-    if judge is None:
-        raise RecipeError(
-            f"--judge {spec}: nothing to calibrate; expected perfect, regex, hf:MODEL, hf-forced:MODEL, URL#MODEL or "
-            "module:attribute"
-        )
-    return judge
+        yield HFJudge(path=path, forced=True)
+    else:
+        with open_judge(spec, model=model, key_env=key_env) as judge:
+            if judge is None:
+                raise RecipeError(f"--judge {spec}: there is nothing to calibrate; name a judge")
+            yield judge
 
 
 def known_verdicts(rubric: Rubric, golden: Sequence[Golden]) -> KnownVerdicts:
@@ -295,8 +293,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--judge",
         required=True,
-        help="perfect, regex, hf:MODEL, hf-forced:MODEL (the likelier of two replies), URL#MODEL, module:attribute",
+        help="perfect (knows the labels), regex (words of refusal), checkpoint:PATH, forced:PATH (the likelier of two "
+        "replies), http(s)://... with --model, or module:attribute",
     )
+    parser.add_argument("--model", default="", help="name of the model at the endpoint")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the endpoint's key")
     parser.add_argument("--dialect", default="json", choices=("json", "line"))
     parser.add_argument("--slice", metavar="FIELD", help="also report the values of this field apart")
     parser.add_argument("--split", help="only rows with this value of 'split'")
@@ -320,15 +321,15 @@ def run(arguments: argparse.Namespace) -> int:
     golden = read_golden(arguments.golden, split=arguments.split)
     if arguments.limit is not None:
         golden = draw(golden, arguments.limit, arguments.seed)
-    judge = choose_judge(arguments.judge, rubric, golden)
-    reward = RubricReward(
-        rubric,
-        judge,
-        dialect=LineDialect() if arguments.dialect == "line" else JsonDialect(),
-        max_tokens=arguments.max_tokens,
-        max_retries=arguments.max_retries,
-    )
-    judged = asyncio.run(judge_all(reward, golden, swap=not arguments.no_swap))
+    with choose_judge(arguments.judge, rubric, golden, model=arguments.model, key_env=arguments.api_key_env) as judge:
+        reward = RubricReward(
+            rubric,
+            judge,
+            dialect=LineDialect() if arguments.dialect == "line" else JsonDialect(),
+            max_tokens=arguments.max_tokens,
+            max_retries=arguments.max_retries,
+        )
+        judged = asyncio.run(judge_all(reward, golden, swap=not arguments.no_swap))
     found = list(reports(judged, arguments.slice))
     gate = Gate(**{name: getattr(arguments, name) for name in Gate.__dataclass_fields__})
     failures = {report.criterion: report.failures(gate) for report in found if report.slice == "all"}

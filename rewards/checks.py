@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 
+from rewards.ifeval import INSTRUCTIONS
+
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
 
@@ -100,4 +102,4 @@ CHECKS: Mapping[str, Callable[..., bool]] = {
         no_stutter,
         regex,
     )
-}
+} | {f"ifeval:{name}": check for name, check in INSTRUCTIONS.items()}

@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from posttrain.errors import RecipeError, SandboxError
 from posttrain.protocols import Sandbox
 from posttrain.types import ExecResult, ExecStatus, Rollout, SandboxSpec, Score, Task
-from rewards.values import MALFORMED, parse_literal, read_value, same_value
+from rewards.answers import visible
+from rewards.values import MALFORMED, near, parse_literal, read_value, same_value
 
 CODE_BOX = SandboxSpec(timeout_s=10.0)
 MAX_PROGRAM_CHARS = 1 << 16
@@ -25,9 +26,11 @@ _MAX_OUTPUT = 4 << 20
 _FENCE = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 
 # Runs inside the sandbox. Answers go to a private copy of stdout, one JSON line each; whatever the program prints
-# goes to /dev/null. Values are tagged by exact type, so an instance of a subclass is not taken for its base.
+# goes to /dev/null. Values are tagged by exact type, so an instance of a subclass is not taken for its base; the
+# mappings of the standard library are dictionaries.
 _DRIVER = r"""
 import json, os, sys
+from collections import Counter, OrderedDict, defaultdict
 out = os.dup(1)
 null = os.open(os.devnull, os.O_WRONLY)
 payload = json.loads(sys.stdin.buffer.read())
@@ -38,7 +41,7 @@ def send(*frame, dumps=json.dumps, write=os.write, limit=1 << 18):
     while data:
         data = data[write(out, data):]
 
-def plain(value, type=type, repr=repr, TypeError=TypeError):
+def plain(value, type=type, repr=repr, TypeError=TypeError, maps=(Counter, OrderedDict, defaultdict)):
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return [kind.__name__, value]
@@ -48,7 +51,7 @@ def plain(value, type=type, repr=repr, TypeError=TypeError):
         return ["bytes", value.hex()]
     if kind is list or kind is tuple or kind is set or kind is frozenset:
         return [kind.__name__, [plain(item) for item in value]]
-    if kind is dict:
+    if kind is dict or kind is maps[0] or kind is maps[1] or kind is maps[2]:
         return ["dict", [[plain(key), plain(item)] for key, item in value.items()]]
     raise TypeError("a value of type " + kind.__name__ + " is not plain data")
 
@@ -73,12 +76,39 @@ os._exit(0)
 """
 
 
+Compare = Literal["same", "equal", "truth"]
+
+
 @dataclass(frozen=True, slots=True)
 class CodeTest:
     """One call and the value it should return."""
 
     call: str
     expected: Any
+    compare: Compare = "same"
+    """``same`` checks types all the way down; ``equal`` is what ``==`` says of the two, as in an ``assert``, or
+    ``same``; ``truth`` compares what ``if`` makes of them. Both sides are plain data by then, so none is fooled."""
+    tolerance: float = 0.0
+    """Largest absolute difference of two numbers."""
+
+    def passed_by(self, found: Any) -> bool:
+        """Whether a value that came out of the box is right."""
+        if self.compare == "truth":
+            return bool(found) is bool(self.expected)
+        if same_value(self.expected, found) or (self.tolerance > 0 and near(self.expected, found, self.tolerance)):
+            return True
+        return self.compare == "equal" and bool(self.expected == found)
+
+
+@runtime_checkable
+class CallsPython(Protocol):
+    """A box with a Python interpreter that is already started, which saves most of the time of a short program."""
+
+    async def call(
+        self, source: str, *, stdin: bytes = b"", timeout_s: float | None = None, max_output: int = 1 << 20
+    ) -> ExecResult:
+        """As ``exec`` of ``python3 -I -c source``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +116,8 @@ class CodeReward:
     """Share of ``task.info["tests"]`` the program passes, or all-or-nothing.
 
     ``task.info`` is ``{"entry_point": "f", "tests": [{"call": "f(3)", "expected": "12"}, ...]}`` where ``expected`` is
-    a Python literal (``nan`` and ``inf`` included). The program is the last ```` ```python ```` fence of the rollout's
+    a Python literal (``nan`` and ``inf`` included), and perhaps ``compare`` and ``tolerance`` of ``CodeTest``
+    (``rewards.code_tests`` makes tests of asserts). The program is the last ```` ```python ```` fence of the rollout's
     text, or the whole text. Integers and floats compare as numbers, floats to a relative 1e-9; every other type must
     be the same, ``True`` is not 1 and a tuple is not a list.
 
@@ -100,7 +131,7 @@ class CodeReward:
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         entry_point, tests = _read_tests(rollout.task)
-        program = extract_program(rollout.text)
+        program = extract_program(visible(rollout.text))
         fault = _static_fault(program)
         if fault is not None:
             return Score(value=0.0, explanation=fault)
@@ -109,10 +140,7 @@ class CodeReward:
         payload = json.dumps(
             {"program": program, "entry_point": entry_point, "calls": [test.call for test in tests]}
         ).encode()
-        result = await sandbox.exec(
-            ("python3", "-I", "-c", _DRIVER), stdin=payload, timeout_s=self.sandbox.timeout_s, max_output=_MAX_OUTPUT
-        )
-        return self._grade(result, tests)
+        return self._grade(await run_python(sandbox, _DRIVER, payload, self.sandbox.timeout_s), tests)
 
     def _grade(self, result: ExecResult, tests: Sequence[CodeTest]) -> Score:
         frames = _read_frames(result)
@@ -125,6 +153,14 @@ class CodeReward:
             # The program's words may hold lone surrogates, which no file could take.
             explanation=explanation.encode(errors="replace").decode(),
         )
+
+
+async def run_python(sandbox: Sandbox, source: str, stdin: bytes, timeout_s: float) -> ExecResult:
+    """Run a program in the box, by its waiting interpreter where it has one."""
+    if isinstance(sandbox, CallsPython):
+        return await sandbox.call(source, stdin=stdin, timeout_s=timeout_s, max_output=_MAX_OUTPUT)
+    command = ("python3", "-I", "-c", source)
+    return await sandbox.exec(command, stdin=stdin, timeout_s=timeout_s, max_output=_MAX_OUTPUT)
 
 
 def extract_program(text: str) -> str:
@@ -143,11 +179,16 @@ def _read_tests(task: Task) -> tuple[str, tuple[CodeTest, ...]]:
     return entry_point, tuple(_read_test(row, index, task.id) for index, row in enumerate(rows))
 
 
-def _read_test(row: Mapping[str, str], index: int, task_id: str) -> CodeTest:
+def _read_test(row: Mapping[str, Any], index: int, task_id: str) -> CodeTest:
     try:
         ast.parse(row["call"], mode="eval")
-        return CodeTest(row["call"], parse_literal(row["expected"]))
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        test = CodeTest(
+            row["call"], parse_literal(row["expected"]), row.get("compare", "same"), float(row.get("tolerance", 0.0))
+        )
+        if test.compare not in get_args(Compare):
+            raise ValueError(f"compare = {test.compare!r} is none of {', '.join(get_args(Compare))}")
+        return test
+    except (KeyError, TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise RecipeError(
             f"task {task_id!r}: info['tests'][{index}] = {row!r}: expected 'call', a Python expression, and "
             f"'expected', a Python literal as text ({type(error).__name__}: {error})"
@@ -191,7 +232,7 @@ def _passed(frame: Sequence[Any] | None, test: CodeTest) -> bool:
         return False
     try:
         found = read_value(frame[1])
-        return found is not MALFORMED and same_value(test.expected, found)
+        return found is not MALFORMED and test.passed_by(found)
     except RecursionError:
         return False
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
+from typing import Literal
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Ask, PolicyJudged, Reward, Sandbox
+from posttrain.protocols import Ask, GroupReward, PolicyJudged, Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score, ScoreStatus
 from rewards.files import PassesFilesOn
 
@@ -90,6 +93,137 @@ class Gate(PassesFilesOn):
         score = await _score(self.reward, rollout, sandbox)
         merged = _merge({"condition": condition, "reward": score})
         return replace(merged, value=score.value, status=score.status, error=score.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Product(PassesFilesOn):
+    """Product of named rewards, such as tests times a rubric on style: what fails the tests earns nothing for style.
+
+    In the order given, and the first 0 ends it, so a failed test saves the judge's cost. Values below 0 are refused,
+    since two of them would earn.
+    """
+
+    rewards: Mapping[str, Reward]
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise RecipeError("Product: no rewards; expected at least one")
+        _one_sandbox(self.rewards.values())
+
+    @property
+    def sandbox(self) -> SandboxSpec | None:
+        return _one_sandbox(self.rewards.values())
+
+    def with_policy(self, ask: Ask) -> Product:
+        """The same product, with this policy as judge wherever a part is judged by the policy."""
+        return replace(self, rewards={name: _lend(reward, ask) for name, reward in self.rewards.items()})
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        scores: dict[str, Score] = {}
+        value = 1.0
+        for name, reward in self.rewards.items():
+            scores[name] = score = await _score(reward, rollout, sandbox)
+            if score.value is None:
+                return _unscored(_merge(scores), name, score)
+            if score.value < 0:
+                raise RecipeError(
+                    f"Product: reward {name!r} gave {score.value}; expected a value >= 0, since a product of two "
+                    "losses is a gain; use WeightedSum or shift the reward"
+                )
+            value *= score.value
+            if value == 0:
+                break
+        return replace(_merge(scores), value=value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cap(PassesFilesOn):
+    """A reward held within ``low`` and ``high``; None stays None. The part ``uncapped`` keeps what it was."""
+
+    reward: Reward
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise RecipeError(f"Cap: low = {self.low}, high = {self.high}; expected low < high")
+
+    @property
+    def sandbox(self) -> SandboxSpec | None:
+        return _spec(self.reward)
+
+    def with_policy(self, ask: Ask) -> Cap:
+        """The same cap, with this policy as judge where the reward is judged by the policy."""
+        return replace(self, reward=_lend(self.reward, ask))
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        score = await _score(self.reward, rollout, sandbox)
+        if score.value is None:
+            return score
+        value = min(max(score.value, self.low), self.high)
+        return replace(score, value=value, parts={**score.parts, "uncapped": score.value})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSum(PassesFilesOn):
+    """A ``GroupReward`` that adds rewards of both kinds over the rollouts of one task.
+
+    ``sum_then_normalize`` is the plain weighted sum, which the trainer then centres; ``normalize_then_sum`` brings
+    every reward to mean 0 and deviation 1 within the group first, so that none drowns the others (GDPO, arXiv
+    2601.05242). A rollout some counting part could not score is unscored, and takes no part in any mean. Rewards that
+    need a sandbox are refused: boxes are only lent to rewards of single rollouts.
+    """
+
+    rewards: Mapping[str, Reward | GroupReward]
+    weights: Mapping[str, float]
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+    def __post_init__(self) -> None:
+        if not self.rewards or self.rewards.keys() != self.weights.keys():
+            raise RecipeError(
+                f"GroupSum: rewards {sorted(self.rewards)} and weights {sorted(self.weights)}; expected one weight for "
+                "every reward, and at least one of them"
+            )
+        boxed = [name for name, reward in self.rewards.items() if getattr(reward, "sandbox", None) is not None]
+        if boxed:
+            raise RecipeError(
+                f"GroupSum: reward {boxed[0]!r} needs a sandbox, which only rewards of single rollouts are lent; use "
+                "WeightedSum"
+            )
+
+    def with_policy(self, ask: Ask) -> GroupSum:
+        """The same sum, with this policy as judge wherever a part is judged by the policy."""
+        lent = {n: r.with_policy(ask) if isinstance(r, PolicyJudged) else r for n, r in self.rewards.items()}
+        return replace(self, rewards=lent)
+
+    async def score_group(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
+        columns = await asyncio.gather(*(_score_all(reward, rollouts) for reward in self.rewards.values()))
+        rows = [dict(zip(self.rewards, row, strict=True)) for row in zip(*columns, strict=True)]
+        counting = [name for name in self.rewards if self.weights[name] != 0]
+        blocked = [next((name for name in counting if row[name].value is None), None) for row in rows]
+        usable = [row for row, name in zip(rows, blocked, strict=True) if name is None]
+        shapes = {name: self._shape([row[name].value or 0.0 for row in usable]) for name in counting}
+        scores = []
+        for row, name in zip(rows, blocked, strict=True):
+            if name is not None:
+                scores.append(_unscored(_merge(row), name, row[name]))
+                continue
+            scaled = {n: ((row[n].value or 0.0) - shapes[n][0]) / shapes[n][1] for n in counting}
+            scores.append(replace(_merge(row), value=sum(self.weights[n] * scaled[n] for n in counting)))
+        return scores
+
+    def _shape(self, values: Sequence[float]) -> tuple[float, float]:
+        """What to subtract and to divide by; rewards that do not differ within the group give 0."""
+        if self.aggregation == "sum_then_normalize" or not values:
+            return 0.0, 1.0
+        deviation = pstdev(values)
+        return fmean(values), deviation if deviation > 1e-8 else 1.0
+
+
+async def _score_all(reward: Reward | GroupReward, rollouts: Sequence[Rollout]) -> Sequence[Score]:
+    if isinstance(reward, GroupReward):
+        return await reward.score_group(rollouts)
+    return await asyncio.gather(*(reward.score(rollout) for rollout in rollouts))
 
 
 async def _score(reward: Reward, rollout: Rollout, sandbox: Sandbox | None) -> Score:

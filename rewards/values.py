@@ -88,6 +88,22 @@ def same_value(expected: Any, found: Any) -> bool:
     return bool(expected == found)
 
 
+def near(expected: Any, found: Any, tolerance: float) -> bool:
+    """Two numbers, neither of them a bool, whose difference is at most ``tolerance``; so in lists and tuples."""
+    if isinstance(expected, list | tuple):
+        return (
+            type(expected) is type(found)
+            and len(expected) == len(found)
+            and all(near(one, other, tolerance) for one, other in zip(expected, found, strict=True))
+        )
+    if not (_number(expected) and _number(found)):
+        return same_value(expected, found)
+    try:
+        return abs(expected - found) <= tolerance
+    except OverflowError:  # an int beyond the range of floats
+        return False
+
+
 def _number(value: Any) -> bool:
     return type(value) in (int, float)
 

@@ -35,6 +35,9 @@ class EditingTasks:
         return ()
 
     def _act(self, number: int) -> None:
+        if not Path(self.folder, "run/stages/grpo-letters/reward_files-letters.jsonl").exists():
+            # Tasks are looked at before the run, too.
+            return
         edit, stop = Path(self.folder, f"edit-{number}.toml"), Path(self.folder, f"stop-{number}")
         if edit.exists():
             # As an edit that was finished a while ago.

@@ -23,12 +23,23 @@ from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.engine.weights import export_weights, import_weights
 from posttrain.models import load_model
 from posttrain.protocols import Sandbox
-from posttrain.rollout.actors import EngineActor, Weights, WorkerSpec
+from posttrain.rollout.actors import EngineActor, RemoteEngine, Weights, WorkerSpec
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.service import RolloutService, ray_session
 from posttrain.tally import TALLY
-from posttrain.types import Group, Message, Rollout, Sampling, Score, StopReason, Task
+from posttrain.types import (
+    Completion,
+    FinishReason,
+    Group,
+    Message,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+    StopReason,
+    Task,
+)
 from tests.tiny_models import save_tiny_model, tiny_chat
 
 pytestmark = pytest.mark.timeout(120)
@@ -321,3 +332,54 @@ def test_actors_that_hang_are_replaced_and_what_they_had_goes_on(tiny_model, oth
         counted = service.take_counters()
     assert (counted["engines_replaced"], counted["workers_replaced"]) == (1, 1)
     check_same([groups[job.id] for job in asked], play_here(asked))
+
+
+class AnswersLate(RemoteEngine):
+    """Answers all it was asked for since the last time once it is let; the ids of each time are kept."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.let = asyncio.Event()
+        self.asked: list[list[str]] = []
+
+    async def _ask(self, waiting: Mapping[str, tuple[Request, asyncio.Future[Completion]]]) -> None:
+        self.asked.append(list(waiting))
+        await self.let.wait()
+        for name, (request, future) in waiting.items():
+            if not future.done():
+                none = np.zeros(0, np.float32)
+                future.set_result(
+                    Completion(
+                        request_id=name,
+                        token_ids=request.prompt_ids,
+                        logprobs=none,
+                        versions=none.astype(np.int32),
+                        finish=FinishReason.STOP,
+                    )
+                )
+
+
+def test_equal_requests_under_way_are_asked_for_once_and_answered_to_all() -> None:
+    def request(name: str) -> Request:
+        return Request(id=name, prompt_ids=np.zeros(1, np.int32), sampling=Sampling())
+
+    async def ask() -> None:
+        engine = AnswersLate()
+        together = [asyncio.create_task(engine.generate(request(name))) for name in ("a", "b", "a")]
+        await asyncio.sleep(0.01)
+        later, given_up = (asyncio.create_task(engine.generate(request("a"))) for _ in range(2))
+        alone = asyncio.create_task(engine.generate(request("c")))
+        await asyncio.sleep(0.01)
+        given_up.cancel()
+        alone.cancel()
+        await asyncio.sleep(0.01)
+        engine.let.set()
+        done = await asyncio.wait_for(asyncio.gather(*together, later), timeout=5)
+        assert [completion.request_id for completion in done] == ["a", "b", "a", "a"]
+        assert engine.asked == [["a", "b"], ["c"]]
+        assert given_up.cancelled()
+        assert alone.cancelled()
+        assert (await engine.generate(request("a"))).request_id == "a"
+        assert engine.asked[2:] == [["a"]]
+
+    asyncio.run(ask())

@@ -238,8 +238,8 @@ def test_rows_that_cannot_be_used_are_named(
 def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
     rubric, golden = Rubric.load("refusal"), read_golden([golden_file(tmp_path)])
     for spec in ("none", "no.such.module:judge"):
-        with pytest.raises(RecipeError, match=spec.split(":")[0]):
-            choose_judge(spec, rubric, golden)
+        with pytest.raises(RecipeError, match=spec.split(":")[0]), choose_judge(spec, rubric, golden):
+            pass
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the human labels lie beside the checkout, in shared/data")
@@ -247,7 +247,8 @@ def test_people_s_labels_of_xstest_and_pyrit_are_read_as_they_come() -> None:
     xstest = read_golden([DATA / "xstest_completions.jsonl"])
     assert len(xstest) == 386
     assert sum(row.labels["refuses"] == "unmet" for row in xstest) == 235
-    perfect = measured(choose_judge("perfect", Rubric.load("refusal"), xstest), xstest)
+    with choose_judge("perfect", Rubric.load("refusal"), xstest) as judge:
+        perfect = measured(judge, xstest)
     assert (perfect.kappa, perfect.unread) == (1.0, 0.0)
     # The figure that comes with the data.
     assert perfect.ceiling == pytest.approx(0.908, abs=5e-4)

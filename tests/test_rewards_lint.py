@@ -101,7 +101,7 @@ def test_mistakes_are_findings_with_their_lines() -> None:
 
 def test_lines_are_right_behind_a_string_that_looks_like_a_table() -> None:
     decoy = criterion('id = "a"', 'text = """', "Names", "[[criteria]]", 'text = "x"', '"""')
-    assert rules(decoy + criterion('id = "b"', 'text = "Is kind and brief."')) == [("compound", 11)]
+    assert rules(decoy + criterion('id = "b"', 'text = "Is kind and honest."')) == [("compound", 12)]
 
 
 def test_fields_are_checked_where_they_are_known() -> None:
@@ -114,7 +114,7 @@ def test_fields_are_checked_where_they_are_known() -> None:
 
 
 def test_a_comment_silences_a_rule_in_its_table_or_everywhere() -> None:
-    double = 'text = "Is polite and brief."'
+    double = 'text = "Is polite and honest."'
     assert rules(criterion('id = "a"', f"{double} # lint: ignore[compound]") + criterion('id = "b"', double)) == [
         ("compound", 8),
         ("duplicate", 8),
@@ -133,7 +133,7 @@ def test_what_criteria_scored_is_looked_at_too() -> None:
 
 def test_rows_with_a_rubric_of_their_own(tmp_path: Path) -> None:
     good = {"rubric": {"id": "a", "criteria": [{"id": "c1", "text": "Names the dose.", "check": None}]}}
-    double = {"rubric": json.dumps({"id": "b", "criteria": [{"id": "c1", "text": "Is kind and brief."}]})}
+    double = {"rubric": json.dumps({"id": "b", "criteria": [{"id": "c1", "text": "Is kind and honest."}]})}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, [good, {}, double, {"rubric": {"id": "c", "criteria": []}}])) + "\n")
     assert [(found.line, found.rule) for found in lint_file(path)] == [(2, "invalid"), (3, "compound"), (4, "invalid")]
@@ -143,7 +143,7 @@ def test_rows_with_a_rubric_of_their_own(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.toml"
-    path.write_text(HEAD + criterion('id = "a"', 'text = "Is kind and brief."'))
+    path.write_text(HEAD + criterion('id = "a"', 'text = "Is kind and honest."'))
     assert main(["lint", str(path)]) == 0
     assert f"{path}:5: warning [compound] a: asks for more than one thing" in capsys.readouterr().out
     assert main(["lint", str(path), "--strict"]) == 1

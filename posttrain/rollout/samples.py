@@ -131,7 +131,7 @@ def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "reward": _mean(scored),
         "reward_std": _mean([float(np.std(row)) for row in values if row]),
-        "frac_reward_zero_std": _mean([float(len(set(row)) <= 1) for row in values]),
+        "frac_reward_zero_std": _mean([float(len(set(row)) == 1) for row in values if row]),
         "unscored": float(len(scores) - len(scored)),
     } | {f"reward/{name}": _mean(found) for name, found in sorted(parts.items())}
 

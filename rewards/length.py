@@ -1,0 +1,82 @@
+"""Rewards that depend on how long a rollout is, in generated tokens of all its turns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from posttrain.errors import RecipeError
+from posttrain.protocols import Ask, PolicyJudged, Reward, Sandbox
+from posttrain.types import Rollout, SandboxSpec, Score
+from rewards.files import PassesFilesOn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlongPenalty:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13): 0 up to ``max_tokens - cache_tokens``, then falling
+    in a straight line to -1 at ``max_tokens``, and -1 beyond. Add it to a reward for being right."""
+
+    max_tokens: int
+    cache_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cache_tokens <= self.max_tokens:
+            raise RecipeError(
+                f"OverlongPenalty: max_tokens = {self.max_tokens}, cache_tokens = {self.cache_tokens}; expected "
+                "0 < cache_tokens <= max_tokens"
+            )
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        length = rollout.num_generated
+        free = self.max_tokens - self.cache_tokens
+        value = min(0.0, max(-1.0, (free - length) / self.cache_tokens))
+        return Score(value=value, explanation=f"{length} tokens, {free} of them free.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CosineLength(PassesFilesOn):
+    """The cosine length reward (arXiv 2502.03373): short right answers earn more than long ones, long wrong answers
+    lose less than short ones, along half a cosine from 0 to ``max_tokens``; ``exceeded`` beyond.
+
+    An answer is right when ``reward`` gives at least ``threshold``. Unscored stays unscored.
+    """
+
+    reward: Reward
+    max_tokens: int
+    right: tuple[float, float] = (2.0, 1.0)
+    """Value of a right answer at length 0 and at ``max_tokens``."""
+    wrong: tuple[float, float] = (-10.0, 0.0)
+    """The same for a wrong one."""
+    exceeded: float = -10.0
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.right[0] < self.right[1] or self.wrong[0] > self.wrong[1]:
+            raise RecipeError(
+                f"CosineLength: max_tokens = {self.max_tokens}, right = {self.right}, wrong = {self.wrong}; expected "
+                "max_tokens >= 1, right not rising with length, wrong not falling"
+            )
+
+    @property
+    def sandbox(self) -> SandboxSpec | None:
+        spec = getattr(self.reward, "sandbox", None)  # optional by the Reward protocol
+        return spec if isinstance(spec, SandboxSpec) else None
+
+    def with_policy(self, ask: Ask) -> CosineLength:
+        """The same, with this policy as judge where the reward is judged by the policy."""
+        return replace(self, reward=self.reward.with_policy(ask)) if isinstance(self.reward, PolicyJudged) else self
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        score = await self.reward.score(rollout, sandbox)
+        if score.value is None:
+            return score
+        length = rollout.num_generated
+        value = self._value(length, right=score.value >= self.threshold)
+        parts = {**score.parts, "reward": score.value}
+        return replace(score, value=value, parts=parts, explanation=f"{score.explanation} {length} tokens.".strip())
+
+    def _value(self, length: int, *, right: bool) -> float:
+        if length > self.max_tokens:
+            return self.exceeded
+        at_zero, at_max = self.right if right else self.wrong
+        return at_max + (at_zero - at_max) * (1 + math.cos(math.pi * length / self.max_tokens)) / 2
