@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from posttrain.types import Group, JudgeTask, Rollout, Sampling, Score, Task
 from recipes import joint_judge, quickstart
 from recipes.tasks.words import TOPICS
 from recipes.tasks.writing import WritingTasks, line
-from rewards.checks import CHECKS, contains_word, words
+from rewards.checks import CHECKS, words
 from rewards.criteria import aggregate
 from rewards.drift import FrozenSet
 from rewards.joint import GoldenRow, VerdictReward
@@ -48,12 +49,14 @@ from rewards.rubric import fill
 
 FROZEN = Path(__file__).parent.parent / "recipes" / "joint_judge.jsonl"
 NUM_FROZEN = 120
-"""Texts of the policy; as many correct lines join them. Two criteria each."""
+"""Texts of the policy; as many correct lines join them."""
 MARGIN = 0.02
 """By how much the held-out reward may lie below the control's, at the lower end of its interval."""
 MAX_BIAS = 0.1
 """Largest distance of the judge's mean score from the true share of met, at the end."""
 SAMPLES = 4
+BRIEF_PROOF: Mapping[str, object] = {"evaluation.num_tasks": 4, "evaluation.num_samples": 1}
+"""The run's own comparison is not needed: both runs are measured here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +123,14 @@ def _judge_job(job_id: str, task: JudgeTask, played: Play) -> GroupJob:
 
 def train(run: Path, seed: int, *, joint: bool, settings: Mapping[str, object]) -> Path:
     """Run the recipe, or go on with it; the final checkpoint of its GRPO stage."""
-    chosen = {"seed": seed, "evaluation.num_tasks": 4, "evaluation.num_samples": 1, **settings}
+    chosen = {"seed": seed, "workers.threads_per_actor": 1, **BRIEF_PROOF, **settings}
     if not joint:
         chosen["domains.writing.judge_training"] = "none"
     command = [sys.executable, "-m", "posttrain.cli", "run", "joint_judge", "--run-dir", str(run), "--resume"]
     command += [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # One thread suits so small a model, and repeats bit for bit.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
     return run / "stages" / "grpo-writing" / "final"
@@ -152,19 +157,9 @@ def compare(folder: Path, seed: int, *, num_tasks: int, settings: Mapping[str, o
         "seed": seed,
         "judge": {name: found["metrics"] for name, found in judges.items()},
         "unchecked_topics": {name: _unchecked(rows, found["right"]) for name, found in judges.items()},
-        "criteria": {
-            criterion: {name: _of(rows, criterion, found["right"]) for name, found in judges.items()}
-            for criterion in joint_judge.CRITERIA
-        },
         "reward": {name: float(values.mean()) for name, values in texts.items()},
         **{name: [found.value, found.low, found.high] for name, found in gains.items()},
     }
-
-
-def _of(rows: Sequence[GoldenRow], criterion: str, right: Sequence[Sequence[float]]) -> float:
-    """Accuracy on the rows of one criterion."""
-    chosen = [each for row, each in zip(rows, right, strict=True) if row.id.endswith(criterion)]
-    return float(np.mean(chosen))
 
 
 def _unchecked(rows: Sequence[GoldenRow], right: Sequence[Sequence[float]]) -> float:
@@ -211,32 +206,28 @@ def write_frozen() -> None:
         about = [topic for topic in TOPICS if joint_judge.on_topic(text, topic)]
         if not about:
             continue
-        reference = line(rng, rng.choice(info["topic_words"]), rng.choice(joint_judge_words(rng, info["topic"])))
+        reference = line(rng, rng.choice(info["topic_words"]), rng.choice(_words_of_another(rng, info["topic"])))
         records += [_record(group.task, text, "policy", rng), _record(group.task, reference, "other", rng)]
     chosen = records[: 2 * NUM_FROZEN]
     FROZEN.write_text("".join(json.dumps(record) + "\n" for record in chosen), encoding="utf-8")
     print(f"wrote {len(chosen)} texts to {FROZEN}")
 
 
-def joint_judge_words(rng: random.Random, topic: str) -> tuple[str, ...]:
+def _words_of_another(rng: random.Random, topic: str) -> tuple[str, ...]:
     """Words of another topic."""
     return TOPICS[rng.choice([other for other in TOPICS if other != topic])]
 
 
 def _record(task: Task, text: str, author: str, rng: random.Random) -> dict[str, Any]:
-    """A text with questions about it of which half are to be answered with met, whatever its task asked for."""
+    """A text and a topic that it is about, or not, as often the one as the other, whatever its task asked for."""
     about = [topic for topic in TOPICS if joint_judge.on_topic(text, topic)]
-    nouns = [word for topic in about for word in TOPICS[topic] if contains_word(text, word=word)]
     topic = rng.choice(about if rng.random() < 0.5 else [name for name in TOPICS if name not in about])
-    absent = [word for name in TOPICS for word in TOPICS[name] if word not in nouns]
-    word = rng.choice(nouns if rng.random() < 0.5 else absent)
-    labels = {"on_topic": topic in about, "uses_word": word in nouns}
     return {
         "prompt": task.prompt[0]["content"],
         "response": text,
-        "labels": {name: "met" if met else "unmet" for name, met in labels.items()},
+        "labels": {"on_topic": "met" if topic in about else "unmet"},
         "author": author,
-        "info": {"topic": topic, "word": word},
+        "info": {"topic": topic},
     }
 
 
@@ -255,6 +246,7 @@ def main() -> None:
     if options.write_frozen:
         write_frozen()
         return
+    torch.set_num_threads(1)
     settings = QUICK if options.quick else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.runs or Path(scratch)

@@ -8,7 +8,6 @@ golden set. ``--set domains.writing.judge_training=none`` is the control that tr
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
@@ -27,8 +26,6 @@ from rewards.judge import LineDialect
 from rewards.rubric import Rubric, RubricReward
 
 ON_TOPIC = "The text names {topic}."
-USES_WORD = "The text is about the {word}."
-CRITERIA: Mapping[str, str] = {"on_topic": ON_TOPIC, "uses_word": USES_WORD}
 CHECKED_TOPICS = tuple(TOPICS)[:9]
 """Topics whose texts code can check; on the others there is only the judge."""
 
@@ -77,22 +74,19 @@ def golden(count: int = 40, *, seed: int = 0) -> tuple[GoldenRow, ...]:
 def frozen() -> tuple[GoldenRow, ...]:
     """Held-out texts of the base model and correct lines, on tasks never trained on; checked in code."""
     with resources.as_file(resources.files("recipes") / "joint_judge.jsonl") as path:
-        return read_golden(path, CRITERIA)
+        return read_golden(path, {"on_topic": ON_TOPIC})
 
 
 def judge_training() -> JudgeTraining:
     return JudgeTraining(
         tasks=JudgeCurriculum(
-            verdicts=(
-                KnownVerdict(criterion=ON_TOPIC, part="topic_words", evidence=True),
-                KnownVerdict(criterion=USES_WORD, part="rubric/uses_word", evidence=True),
-            ),
+            verdicts=(KnownVerdict(criterion=ON_TOPIC, part="topic_words", evidence=True),),
             golden=golden(),
         ),
         reward=VerdictReward(),
         groups_per_step=3,
         max_tokens=32,
-        monitor=FrozenSet(rows=frozen(), samples=2),
+        monitor=FrozenSet(rows=frozen()),
         monitor_steps=10,
     )
 
@@ -102,7 +96,7 @@ def writing() -> Domain:
     reward = WeightedSum(
         rewards={"rubric": judged, "topic_words": TopicWords()}, weights={"rubric": 1.0, "topic_words": 0.0}
     )
-    return quickstart.writing().replace(reward=reward, grpo=quickstart.grpo(40), judge_training=judge_training())
+    return quickstart.writing().replace(reward=reward, grpo=quickstart.grpo(50), judge_training=judge_training())
 
 
 def recipe() -> Recipe:

@@ -34,7 +34,7 @@ from posttrain.types import (
 from recipes import joint_judge
 from recipes.tasks.words import TOPICS
 from recipes.tasks.writing import WritingTasks
-from rewards.checks import contains_word, words
+from rewards.checks import words
 from rewards.drift import FrozenSet, cohen_kappa, correlation, interval, self_preference, vote_accuracy
 from rewards.joint import (
     GoldenRow,
@@ -354,10 +354,7 @@ def test_the_recipes_frozen_set_is_labelled_right_balanced_and_never_trained_on(
     rows = joint_judge.frozen()
     on_topic = {joint_judge.ON_TOPIC.format(topic=topic): topic for topic in TOPICS}
     for row in rows:
-        if row.criterion in on_topic:
-            met = bool(set(TOPICS[on_topic[row.criterion]]) & set(words(row.response)))
-        else:
-            met = contains_word(row.response, word=row.criterion.removesuffix(".").rpartition(" ")[2])
+        met = any(word in words(row.response) for word in TOPICS[on_topic[row.criterion]])
         assert row.label == ("met" if met else "unmet"), row
     share = np.mean([row.label == "met" for row in rows])
     assert 0.4 < share < 0.6
