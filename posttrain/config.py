@@ -234,6 +234,8 @@ class JudgeTraining(Value):
     monitor: JudgeMonitor | None = None
     """What is measured on a frozen set before the first step and every ``monitor_steps``."""
     monitor_steps: Positive = 10
+    max_bias: float = Field(default=0.1, gt=0)
+    """The monitor's ``bias`` (mean score less the true share) above which the report warns of a lenient judge."""
 
 
 class Domain(Value):

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -219,6 +219,41 @@ def test_the_weight_multiplies_the_advantages_of_judge_replies(session):
 def judge_group(values: Sequence[float]) -> Group:
     [task, *_] = LetterVerdicts().anchors()
     return played([replace(task.variants[0], domain="vowels-judge")], values)
+
+
+@dataclass(frozen=True)
+class Biased:
+    """A monitor of one prompt that finds the bias it is told."""
+
+    bias: float
+    samples: int = 2
+    temperature: float = 1.0
+
+    def tasks(self) -> Sequence[JudgeTask]:
+        return [pair("p")]
+
+    def scores(self, groups: Sequence[Group]) -> dict[str, float]:
+        return {}
+
+    def measure(self, groups: Sequence[Group], start: Mapping[str, float]) -> dict[str, float]:
+        return {"bias": self.bias}
+
+
+@pytest.mark.parametrize(("bias", "warnings"), [(0.3, 1), (0.05, 0), (-0.3, 0), (float("nan"), 0)])
+def test_a_judge_that_became_lenient_is_in_the_report_once(session, bias, warnings):
+    vowels = session.recipe.domains["vowels"]
+    watched = vowels.replace(judge_training=vowels.judge_training.replace(monitor=Biased(bias)))
+    session.recipe = session.recipe.replace(domains={"vowels": watched})
+    judging, stream = judging_of(session), Aside([1.0] * 4)
+    assert judging.measure(1, stream) == {}, "only every second step"
+    for step in (2, 4):
+        assert list(judging.measure(step, stream)) == ["judge/frozen/bias"]
+    assert {job.id for job in stream.jobs} == {"grpo-vowels/monitor/0"}, "the same random numbers at every step"
+    assert [job.player for job in stream.jobs] == ["step-000002", "step-000004"]
+    assert stream.jobs[0].num_rollouts == 4, "two samples in each of two orders"
+    told = [event["message"] for event in session.run.read_events() if event["kind"] == "warning"]
+    assert len(told) == warnings
+    assert all("0.300 above the truth" in message for message in told)
 
 
 def test_replies_must_share_out_evenly_over_the_orders(session):

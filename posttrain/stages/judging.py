@@ -70,6 +70,7 @@ class Judging:
         self._drawn: dict[int, JudgeTask] = {}
         self._start: Mapping[str, float] | None = None
         self._empty = 0
+        self._warned = False
         if saved is not None:
             self._restore(saved)
 
@@ -144,6 +145,7 @@ class Judging:
             self._start = dict(monitor.scores(groups))
         metrics = monitor.measure(groups, self._start)
         free_groups(groups)
+        self._warn_of_leniency(metrics, step)
         return {f"judge/frozen/{name}": value for name, value in metrics.items()}
 
     def _observe(self, groups: Iterable[Group]) -> None:
@@ -159,6 +161,15 @@ class Judging:
             [value * self._config.weight if is_informative(group) else math.nan for value in row]
             for group, row in zip(groups, rows, strict=True)
         ]
+
+    def _warn_of_leniency(self, metrics: Mapping[str, float], step: int) -> None:
+        bias = metrics.get("bias", math.nan)
+        if bias > self._config.max_bias and not self._warned:
+            self._warned = True
+            self._session.warn(
+                f"{self._stage.name}: after step {step} the judge's mean score on the frozen set is {bias:.3f} above "
+                f"the truth (judge_training.max_bias = {self._config.max_bias:g}); rewards it gives are too high."
+            )
 
     def _refill(self, prefix: str, count: int) -> list[GroupJob]:
         drawn = [(job_id, self._draw(job_id)) for job_id in (f"{prefix}-{i}" for i in range(count))]
