@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,8 @@ def _judge_job(job_id: str, task: JudgeTask, played: Play) -> GroupJob:
 
 def train(run: Path, seed: int, *, joint: bool, settings: Mapping[str, object]) -> Path:
     """Run the recipe, or go on with it; the final checkpoint of its GRPO stage."""
-    chosen = {"seed": seed, "workers.threads_per_actor": 1, **BRIEF_PROOF, **settings}
-    if not joint:
-        chosen["domains.writing.judge_training"] = "none"
+    judging = {} if joint else {"domains.writing.judge_training": "none"}
+    chosen = {"seed": seed, "workers.threads_per_actor": 1, **BRIEF_PROOF, **settings, **judging}
     command = [sys.executable, "-m", "posttrain.cli", "run", "joint_judge", "--run-dir", str(run), "--resume"]
     command += [part for name, value in chosen.items() for part in ("--set", f"{name}={value}")]
     # One thread suits so small a model, and repeats bit for bit.
@@ -136,13 +136,15 @@ def train(run: Path, seed: int, *, joint: bool, settings: Mapping[str, object]) 
     return run / "stages" / "grpo-writing" / "final"
 
 
-def compare(folder: Path, seed: int, *, num_tasks: int, settings: Mapping[str, object]) -> dict[str, Any]:
-    """Both runs of a seed and what they came to."""
-    rows = joint_judge.frozen()
-    paths = {
-        name: train(folder / f"{name}-{seed}", seed, joint=name == "joint", settings=settings)
-        for name in ("joint", "control")
-    }
+def compare(
+    folder: Path, seed: int, *, num_tasks: int, num_rows: int, settings: Mapping[str, object]
+) -> dict[str, Any]:
+    """Both runs of a seed, side by side, and what they came to."""
+    rows = joint_judge.frozen()[:num_rows]
+    names = ("joint", "control")
+    with ThreadPoolExecutor(len(names)) as pool:
+        runs = [pool.submit(train, folder / f"{n}-{seed}", seed, joint=n == "joint", settings=settings) for n in names]
+        paths = {name: run.result() for name, run in zip(names, runs, strict=True)}
     paths["start"] = folder / f"joint-{seed}" / "stages" / "sft-writing" / "final"
     start = judging(str(paths["start"]), rows, None)
     judges = {name: judging(str(path), rows, start["scores"]) for name, path in paths.items()}
@@ -231,10 +233,7 @@ def _record(task: Task, text: str, author: str, rng: random.Random) -> dict[str,
     }
 
 
-QUICK: Mapping[str, object] = {
-    "domains.writing.grpo.max_steps": 8,
-    "domains.writing.judge_training.monitor_steps": 100,
-}
+QUICK: Mapping[str, object] = {"domains.writing.grpo.max_steps": 5}
 
 
 def main() -> None:
@@ -248,10 +247,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     settings = QUICK if options.quick else {}
+    num_tasks, num_rows = (50, 80) if options.quick else (200, 2 * NUM_FROZEN)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.runs or Path(scratch)
         found = [
-            compare(folder, int(seed), num_tasks=50 if options.quick else 200, settings=settings)
+            compare(folder, int(seed), num_tasks=num_tasks, num_rows=num_rows, settings=settings)
             for seed in options.seeds.split(",")
         ]
     metrics = [metric for each in found for metric in metrics_of(each)]
