@@ -288,7 +288,7 @@ def read_golden(path: str | Path, criteria: Mapping[str, str]) -> tuple[GoldenRo
 
 def _golden_row(data: Mapping[str, Any], number: int, name: str, label: str, criterion: str) -> GoldenRow:
     prompt = data.get("prompt", "")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     where = f"golden row {number}"
     return GoldenRow(
         id=f"{number}-{name}",

@@ -266,7 +266,7 @@ def test_replies_must_share_out_evenly_over_the_orders(session):
 
 def test_judge_prompts_need_a_stage_to_join():
     vowels = load_recipe(RECIPE, []).domains["vowels"]
-    with pytest.raises(RecipeError, match="judge_training is set without grpo"):
+    with pytest.raises(ValueError, match="judge_training is set without grpo"):
         vowels.replace(grpo=None)
 
 

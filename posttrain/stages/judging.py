@@ -43,7 +43,7 @@ class Judged:
     groups: Sequence[Group] = ()
     advantages: Sequence[list[float]] = ()
     """Per group and rollout; NaN where a rollout, or a whole group that teaches nothing, is left out."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 NO_JUDGING = Judged()
