@@ -180,11 +180,15 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     trained = 1 if recipe.model.lora is None else 0
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
-        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and isinstance(d.reward, PolicyJudged) else 0
-        for d in recipe.domains.values()
+        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
     num_models = max(0, num_stages - finished_stages) + num_judges
     return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+
+
+def _asks_policy(domain: Domain) -> bool:
+    judging = domain.judge_training
+    return isinstance(domain.reward, PolicyJudged) or (judging is not None and isinstance(judging.reward, PolicyJudged))
 
 
 def check_disk(path: Path, *, needed_bytes: int) -> None:

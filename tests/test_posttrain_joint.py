@@ -19,6 +19,7 @@ import pytest
 from posttrain.config import Workers
 from posttrain.errors import RecipeError
 from posttrain.loader import load_recipe
+from posttrain.preflight import check_recipe
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.runs.metrics import MetricsLog
@@ -262,6 +263,20 @@ def test_replies_must_share_out_evenly_over_the_orders(session):
     session.recipe = session.recipe.replace(domains={"vowels": odd})
     with pytest.raises(RecipeError, match=r"num_generations = 3.* 2 presentation orders"):
         judging_of(session)
+
+
+def test_a_judge_prompt_longer_than_the_window_is_found_before_the_run(tiny_model):
+    recipe = load_recipe(RECIPE, [f"model.path={tiny_model}"])
+    check_recipe(recipe)
+    vowels = recipe.domains["vowels"]
+    longer = LetterVerdicts(anchors_of=("x" * 80,))
+    for broken, problem in (
+        ({"tasks": longer}, "prompt of task 'judge-xxx.* which leaves no room to answer"),
+        ({"num_generations": 3}, "judge_training.num_generations = 3: judge prompt 'p-xy' has 2 presentation orders"),
+    ):
+        changed = vowels.replace(judge_training=vowels.judge_training.replace(**broken))
+        with pytest.raises(RecipeError, match=problem):
+            check_recipe(recipe.replace(domains={"vowels": changed}))
 
 
 def test_judge_prompts_need_a_stage_to_join():

@@ -204,6 +204,18 @@ def test_a_wrong_verdict_costs_no_meta_judgment():
     assert meta.asked == []
 
 
+def test_the_policys_snapshot_is_the_meta_judge_unless_there_is_another():
+    async def ask(messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> str:
+        return f'"" {messages[0]["content"].split()[1]} unmet'
+
+    right = f'"boat" {form().info["nonce"]} met'
+    assert earned(form(), right, MetaVerdictReward().with_policy(ask)).value == 0.5
+    own = MetaVerdictReward(judge=Meta('"boat" {nonce} met'))
+    assert own.with_policy(ask) is own
+    with pytest.raises(RecipeError, match="needs a judge"):
+        earned(form(), right, MetaVerdictReward())
+
+
 def test_a_golden_file_is_read_by_label_and_its_mistakes_have_lines(tmp_path: Path):
     path = tmp_path / "golden.jsonl"
     good = {"prompt": "Write.", "response": "a\u2028b", "labels": {"c1": "met", "x": "unmet"}, "info": {"topic": "sea"}}
