@@ -86,6 +86,8 @@ def judge_training() -> JudgeTraining:
         reward=VerdictReward(),
         groups_per_step=3,
         max_tokens=32,
+        # A weak judge's gradients are several times those of the texts, and would fill Adam's second moments.
+        weight=0.25,
         monitor=FrozenSet(rows=frozen()),
         monitor_steps=10,
     )

@@ -89,5 +89,5 @@ def recipe() -> Recipe:
         monitor=Frozen(),
         monitor_steps=2,
     )
-    joint = vowels.replace(sft=None, grpo=vowels.grpo.replace(max_steps=8), judge_training=judging)
+    joint = vowels.replace(sft=None, grpo=vowels.grpo.replace(max_steps=6), judge_training=judging)
     return given.replace(name="mini-joint", domains={"vowels": joint}, distill=None)
