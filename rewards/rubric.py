@@ -38,7 +38,7 @@ from rewards.judge import (
     derive_nonce,
 )
 from rewards.rubric_file import explain_errors, parse_toml, rubric_source
-from rewards.untrusted import judge_view
+from rewards.untrusted import judge_view, suspicions
 
 T = TypeVar("T")
 
@@ -433,7 +433,10 @@ class RubricReward:
             error=error,
             judgments=tuple(judgment for votes in judgments.values() for judgment in votes),
             rubric_version=rubric.version,
-            flags=(f"reserved_markers:{hidden}",) if hidden else (),
+            flags=(
+                *((f"reserved_markers:{hidden}",) if hidden else ()),
+                *(f"plea:{kind}" for kind in suspicions(response)),
+            ),
             explanation=error or _explain(parts, total),
         )
 

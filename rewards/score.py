@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.errors import JudgeError, RecipeError
 from posttrain.protocols import Judge
 from posttrain.types import Rollout, Score, ScoreStatus
-from rewards.judge import Dialect, JsonDialect, LineDialect, PolicyJudge
+from rewards.judge import Dialect, JsonDialect, LineDialect
 from rewards.rows import read_rollouts
 from rewards.rubric import Rubric, RubricReward, RubricSource, TaskRubric
 
@@ -69,27 +69,11 @@ def open_judge(spec: str, *, model: str = "", key_env: str | None = None) -> Ite
 
         yield EndpointJudge(base_url=spec, model=model, api_key_env=key_env)
     elif spec.startswith("checkpoint:"):
-        with _checkpoint_judge(spec.partition(":")[2]) as judge:
-            yield judge
+        from rewards.hf_judge import HFJudge
+
+        yield HFJudge(path=spec.partition(":")[2])
     else:
         yield _own_judge(spec)
-
-
-@contextlib.contextmanager
-def _checkpoint_judge(path: str) -> Iterator[Judge]:
-    import torch
-
-    from posttrain.conversation.chat import ChatFormat
-    from posttrain.engine.transformers_engine import TransformersEngine
-    from posttrain.models import load_model, load_tokenizer
-    from posttrain.rollout.player import EngineAsk
-
-    chat = ChatFormat(load_tokenizer(path))
-    engine = TransformersEngine(load_model(path, torch.float32), stop_ids=chat.stop_ids)
-    try:
-        yield PolicyJudge(EngineAsk(engine=engine, chat=chat))
-    finally:
-        engine.close()
 
 
 def _own_judge(spec: str) -> Judge:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,19 @@ from posttrain.rollout.actors import EngineActor, RemoteEngine, Weights, WorkerS
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.service import RolloutService, ray_session
-from posttrain.types import Completion, FinishReason, Group, Message, Request, Sampling, StopReason, Task
+from posttrain.tally import TALLY
+from posttrain.types import (
+    Completion,
+    FinishReason,
+    Group,
+    Message,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+    StopReason,
+    Task,
+)
 from tests.tiny_models import save_tiny_model, tiny_chat
 
 pytestmark = pytest.mark.timeout(120)
@@ -71,6 +83,15 @@ class Deadly:
     def start(self, task: Task, sandbox: Sandbox | None) -> WaitingEpisode:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("not reached")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A reward that tallies two judge calls a rollout."""
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        TALLY.add("judge/calls", 2)
+        return Score(value=1.0)
 
 
 _calls = itertools.count()
@@ -184,6 +205,14 @@ def test_groups_come_back_in_the_order_of_the_jobs(service):
     groups = service.play(jobs(SingleTurn(), count=5, name="a"))
     assert [g.task.id for g in groups] == [f"t{i}" for i in range(5)]
     assert [[r.id for r in g.rollouts] for g in groups] == [[f"a/{i}/{k}" for k in range(3)] for i in range(5)]
+
+
+def test_what_a_reward_counts_where_it_runs_is_in_the_metrics_of_the_step(service):
+    service.take_counters()
+    counting = [replace(job, play=replace(job.play, reward=Counts())) for job in jobs(SingleTurn(), count=4)]
+    service.play(counting)
+    assert service.take_counters()["judge/calls"] == 4 * 3 * 2
+    assert service.take_counters()["judge/calls"] == 0
 
 
 def test_a_worker_killed_while_it_plays_is_replaced_and_changes_nothing(service, other_weights, play_here, tmp_path):

@@ -20,7 +20,7 @@ from rewards.attacks import (
     attacks,
     run_attacks,
 )
-from rewards.untrusted import judge_view
+from rewards.untrusted import judge_view, suspicions
 
 
 def test_no_attack_is_paid_in_any_dialect() -> None:
@@ -63,6 +63,20 @@ def test_attacks_differ_and_what_they_imitate_is_neutralised() -> None:
     for attack in suite:
         if attack.family in ("thinking", "chat marker", "hidden"):
             assert judge_view(attack.text).num_neutralised > 0, attack.name
+
+
+def test_pleas_are_told_and_ordinary_texts_are_not() -> None:
+    told = {attack.name: suspicions(attack.text) for attack in attacks() if attack.family == "request"}
+    assert told["request/override"] == ("override", "asks_for_verdict")
+    assert told["request/authority"] == ("addresses_judge", "asks_for_verdict", "claims_to_meet")
+    assert sum(bool(kinds) for kinds in told.values()) >= 4
+    for text in (
+        "The judge ruled that the law was above the king, and nobody could ignore it.",
+        "Rate of climb: 10 m/s. I would grade this road as steep.",
+        "Please consider this: the answer is 10.",
+        HARMLESS,
+    ):
+        assert suspicions(text) == (), text
 
 
 def test_every_other_rule_pays_some_honest_judge_s_no_and_gives_0_without_an_attack() -> None:

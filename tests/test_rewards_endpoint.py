@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import email.utils
 import json
 import pickle
 from collections.abc import Awaitable, Callable
@@ -19,7 +21,7 @@ from posttrain.errors import JudgeError, RecipeError, UnreadableReply
 from posttrain.rollout.episode import Boxes, score_rollout
 from posttrain.tally import TALLY
 from posttrain.types import Completion, FinishReason, Rollout, Score, ScoreStatus, StopReason, Task, Turn
-from rewards.endpoint import Budget, EndpointJudge, Limits
+from rewards.endpoint import Budget, EndpointJudge, Limits, _retry_after
 from rewards.judge import JsonDialect
 from rewards.limits import BudgetExceeded, Ledger, Prices, Rate, Usage
 from rewards.rubric import Rubric, RubricReward
@@ -237,6 +239,30 @@ def test_rate_limits_of_the_server_are_waited_for_by_all() -> None:
     assert endpoint.times[4] - endpoint.times[3] >= 0.99
     assert counts["paused_s"] == pytest.approx(1.0, abs=0.1)
     assert counts["opened"] == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("9999999", 3600.0), ("soon", None), ("", None), ("nan", None)],
+)
+def test_retry_after_is_read_or_ignored(header: str, seconds: float | None) -> None:
+    assert _retry_after({"Retry-After": header}) == seconds
+
+
+def test_retry_after_may_be_a_date() -> None:
+    at = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30), usegmt=True)
+    assert _retry_after({"Retry-After": at}) == pytest.approx(30, abs=2)
+
+
+def test_waiting_for_a_rate_is_not_held_against_a_question() -> None:
+    async def run() -> list[float]:
+        limits = Limits(**{**_fields(QUICK), "requests_per_minute": 120, "deadline_s": 1.0})
+        async with serving(then_honest(fixed(500), 1)) as endpoint:
+            reward = RubricReward(rubric(), judge(endpoint, limits))
+            given = await asyncio.gather(*(score(reward, f"Text {i}.") for i in range(5)))
+            return [each.value or 0.0 for each in given]
+
+    assert asyncio.run(run()) == [1.0] * 5
 
 
 def test_a_server_that_says_429_for_ever_gives_no_score() -> None:
