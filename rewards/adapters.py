@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.types import Rollout, Score, ScoreStatus
+from rewards.functions import resolve
 
 TrlFunction = Callable[..., Any]
 """``f(prompts, completions, completion_ids, **columns, trainer_state, log_extra, log_metric) -> list[float | None]``,
@@ -83,9 +84,12 @@ class TrlReward:
         return list(map(dict, rollout.messages)) if self.conversational else rollout.text
 
 
-def from_trl(*functions: TrlFunction, weights: Sequence[float] | None = None, conversational: bool = True) -> TrlReward:
+def from_trl(
+    *functions: TrlFunction | str, weights: Sequence[float] | None = None, conversational: bool = True
+) -> TrlReward:
     """A reward from functions in TRL 1.16's signature; ``weights`` (``GRPOConfig.reward_weights``) default to 1.
 
+    A function may also be given as ``"file.py:name"`` or ``"module:name"``.
     Raises ``RecipeError`` when there is no function, or not one weight for each.
     """
     chosen = tuple(weights) if weights is not None else (1.0,) * len(functions)
@@ -94,7 +98,7 @@ def from_trl(*functions: TrlFunction, weights: Sequence[float] | None = None, co
             f"from_trl: {len(functions)} functions and {len(chosen)} weights; expected at least one function and one "
             "weight for each"
         )
-    return TrlReward(functions, chosen, conversational)
+    return TrlReward(tuple(map(resolve, functions)), chosen, conversational)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from rewards.rows import read_jsonl
 REFERENCE = "reference"
 _HARD_STOP = 5.0
 """A call is given up after this many times its deadline."""
+_BOXES_AT_ONCE = 4
 DEFAULT_SUBSTRATE = "sandbox.process:Process"
 
 
@@ -89,14 +90,20 @@ class Report:
 
 
 async def audit(audited: Audited, substrate: Substrate | None) -> Report:
-    """Try a reward on the reference and all controls of its cases, one after another."""
+    """Try a reward on the reference and all controls of its cases: in boxes a few at a time, otherwise one by one."""
+    places = asyncio.Semaphore(1 if getattr(audited.reward, "sandbox", None) is None else _BOXES_AT_ONCE)
+
+    async def one(case: Case, control: str, text: str) -> Trial:
+        async with places:
+            return await _try(audited, case, control, text, substrate)
+
     trials = []
     for case in audited.cases:
         # The first call may start processes and read models, which is not the answers' doing.
         with contextlib.suppress(Exception):
             await _call(audited, case, case.reference, substrate)
-        for control, text in [(REFERENCE, case.reference), *controls_for(case)]:
-            trials.append(await _try(audited, case, control, text, substrate))
+        answers = [(REFERENCE, case.reference), *controls_for(case)]
+        trials += await asyncio.gather(*(one(case, control, text) for control, text in answers))
     return Report(name=audited.name, limit=audited.limit, trials=tuple(trials))
 
 
@@ -241,8 +248,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--deadline", type=float, default=10.0, metavar="S", help="of one call (default: 10)")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only this one of our rewards")
     parser.add_argument("--substrate", default=DEFAULT_SUBSTRATE, help=f"kind of box (default: {DEFAULT_SUBSTRATE})")
-    parser.add_argument("--humaneval", type=Path, help="also run the reference solutions of a HumanEval file")
-    parser.add_argument("--mbpp", type=Path, help="also run the reference solutions of an MBPP file")
+    parser.add_argument(
+        "--humaneval", type=Path, help="also run the reference solutions of a HumanEval file, and hacks"
+    )
+    parser.add_argument("--mbpp", type=Path, help="also run the reference solutions of an MBPP file, and hacks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every trial to a file")
 
 
@@ -289,7 +298,7 @@ def _chosen(arguments: argparse.Namespace) -> Sequence[Audited]:
 
 
 async def _references(arguments: argparse.Namespace, substrate: Substrate | None) -> bool:
-    """Whether every reference solution of the files given passes; prints how many do."""
+    """Whether in the files given every reference solution passes and no hack does; prints how many do."""
     from rewards.code_tests import solve_humaneval, solve_mbpp
 
     right = True
@@ -298,10 +307,14 @@ async def _references(arguments: argparse.Namespace, substrate: Substrate | None
             continue
         assert substrate is not None
         rows = [row for _, row in read_jsonl(path)]
-        scores = await solve(rows, substrate)
-        failed = {name: score for name, score in scores.items() if score.value != 1.0}
-        print(f"{path.name}: {len(scores) - len(failed)} of {len(scores)} reference solutions score 1.0")
-        for name, score in failed.items():
+        solutions, hacks = await solve(rows, substrate)
+        failed = {name: score for name, score in solutions.items() if score.value != 1.0}
+        paid = {name: score for name, score in hacks.items() if score.value != 0.0}
+        print(
+            f"{path.name}: {len(solutions) - len(failed)} of {len(solutions)} reference solutions score 1.0, "
+            f"{len(paid)} of {len(hacks)} hacks score more than 0.0 or not at all"
+        )
+        for name, score in {**failed, **paid}.items():
             print(f"  {name}: {score.value} {score.explanation} {score.error or ''}")
-        right = right and not failed and bool(scores)
+        right = right and not failed and not paid and bool(solutions)
     return right

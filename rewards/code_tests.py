@@ -18,12 +18,13 @@ from posttrain.errors import RecipeError, SandboxError
 from posttrain.protocols import Sandbox, Substrate
 from posttrain.types import Score, Task
 from rewards.code import CODE_BOX, CodeReward, run_python
-from rewards.controls import Case
+from rewards.controls import PROGRAMS, Case
 from rewards.values import parse_literal
 
 CodeTests = list[dict[str, Any]]
 """``task.info["tests"]`` of ``CodeReward``."""
 _CANDIDATE = "candidate"
+_HACKS = ("always equal", "equal number", "exit in call", "patched builtins", "printed success")
 _RECORDED_TOLERANCE = 1e-4
 _MAX_SIZE = 10_000
 _AT_ONCE = 2
@@ -222,38 +223,49 @@ def _called(statement: ast.stmt, defined: set[str]) -> str:
     return names[0]
 
 
-async def solve_humaneval(rows: Sequence[Mapping[str, Any]], substrate: Substrate) -> Mapping[str, Score]:
-    """Score of every row's reference solution under ``CodeReward``, by task id."""
+Solved = tuple[Mapping[str, Score], Mapping[str, Score]]
+"""Scores of the reference solutions by task id, and of the hacks by task id and name."""
 
-    async def solve(row: Mapping[str, Any]) -> tuple[Task, Score]:
+
+async def solve_humaneval(rows: Sequence[Mapping[str, Any]], substrate: Substrate) -> Solved:
+    """What ``CodeReward`` gives every row's reference solution, and hacks of its tests."""
+
+    async def read(row: Mapping[str, Any]) -> tuple[Task, str]:
         async with substrate.open(CODE_BOX) as box:
-            task = humaneval_task(row, await humaneval_tests(row, box))
-        return task, await score_program(task, row["prompt"] + row["canonical_solution"], substrate)
+            return humaneval_task(row, await humaneval_tests(row, box)), row["prompt"] + row["canonical_solution"]
 
-    return await _solve(rows, solve)
+    return await _solve(rows, read, substrate)
 
 
-async def solve_mbpp(rows: Sequence[Mapping[str, Any]], substrate: Substrate) -> Mapping[str, Score]:
-    """Score of every row's reference solution under ``CodeReward``, by task id."""
+async def solve_mbpp(rows: Sequence[Mapping[str, Any]], substrate: Substrate) -> Solved:
+    """What ``CodeReward`` gives every row's reference solution, and hacks of its tests."""
 
-    async def solve(row: Mapping[str, Any]) -> tuple[Task, Score]:
-        task = mbpp_task(row)
-        setup = row.get("test_setup_code") or ""
-        return task, await score_program(task, f"{row['code']}\n{setup}".replace("\r\n", "\n"), substrate)
+    async def read(row: Mapping[str, Any]) -> tuple[Task, str]:
+        # The setup may use classes that the solution defines, so it goes after it.
+        return mbpp_task(row), f"{row['code']}\n{row.get('test_setup_code') or ''}".replace("\r\n", "\n")
 
-    return await _solve(rows, solve)
+    return await _solve(rows, read, substrate)
 
 
 async def _solve(
-    rows: Sequence[Mapping[str, Any]], solve: Callable[[Mapping[str, Any]], Awaitable[tuple[Task, Score]]]
-) -> Mapping[str, Score]:
+    rows: Sequence[Mapping[str, Any]],
+    read: Callable[[Mapping[str, Any]], Awaitable[tuple[Task, str]]],
+    substrate: Substrate,
+) -> Solved:
     places = asyncio.Semaphore(_AT_ONCE)
+    solutions: dict[str, Score] = {}
+    hacks: dict[str, Score] = {}
 
-    async def one(row: Mapping[str, Any]) -> tuple[Task, Score]:
+    async def solve(row: Mapping[str, Any]) -> None:
         async with places:
-            return await solve(row)
+            task, program = await read(row)
+            solutions[task.id] = await score_program(task, program, substrate)
+            for name in _HACKS:
+                hack = PROGRAMS[name].replace("FUNCTION", task.info["entry_point"])
+                hacks[f"{task.id} {name}"] = await score_program(task, hack, substrate)
 
-    return {task.id: score for task, score in await asyncio.gather(*map(one, rows))}
+    await asyncio.gather(*map(solve, rows))
+    return solutions, hacks
 
 
 async def score_program(task: Task, program: str, substrate: Substrate) -> Score:

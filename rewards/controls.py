@@ -235,7 +235,8 @@ _HEDGES: Mapping[str, str] = {
     "wrong, ten times": "The answer is {w}. " * 10,
 }
 
-_PROGRAMS: Mapping[str, str] = {
+PROGRAMS: Mapping[str, str] = {
+    # FUNCTION is the name the task asks for.
     "returns None": "def FUNCTION(*args, **named): return None",
     "returns its argument": "def FUNCTION(*args, **named): return args[0] if args else None",
     "always equal": (
@@ -334,7 +335,7 @@ CONTROLS: tuple[Control, ...] = (
     *(Control(f"fence: {name}", _constant(text)) for name, text in _FENCES.items()),
     *(Control(f"unicode: {name}", _constant(text)) for name, text in _UNICODE.items()),
     *(Control(f"bomb: {name}", _constant(text)) for name, text in _BOMBS.items()),
-    *(Control(f"program: {name}", _program(body)) for name, body in _PROGRAMS.items()),
+    *(Control(f"program: {name}", _program(body)) for name, body in PROGRAMS.items()),
 )
 """All controls that apply to any case; a case may add its own."""
 

@@ -42,7 +42,7 @@ class Limits:
     """What one check may use. The defaults leave a hundred times what an honest answer takes."""
 
     workers: int = 2
-    """Processes, started when they are first needed."""
+    """Processes of each process that scores, started when they are first needed; about 150 MB each."""
     cpu_s: float = 3.0
     """CPU time of one check, user and system; beyond it the answer is at fault."""
     wall_s: float = 60.0

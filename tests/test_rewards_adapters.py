@@ -107,6 +107,10 @@ def test_arguments_are_those_of_trl() -> None:
     assert (first.explanation, second.explanation) == ("note = first", "note = second")
 
 
+def test_a_function_may_be_named() -> None:
+    assert scores(from_trl("trl.rewards:think_format_reward"), "<think>\nadd\n</think>\n4")[0].value == 1.0
+
+
 def test_plain_text_form() -> None:
     def ends_in_4(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
         assert prompts == ["2 + 2?"]

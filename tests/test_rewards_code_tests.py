@@ -156,10 +156,12 @@ def test_reference_solutions_score_one_in_a_box() -> None:
     """A part of them; `posttrain rewards audit --humaneval FILE --mbpp FILE` runs all."""
     substrate = require(Process())
 
-    async def solve() -> dict[str, Any]:
-        humaneval = await solve_humaneval(rows("humaneval.jsonl", 60)[25:60:3], substrate)
-        return {**humaneval, **await solve_mbpp(rows("mbpp_test.jsonl", 12), substrate)}
-
-    scores = asyncio.run(solve())
-    assert len(scores) == 24
-    assert {name: score.explanation for name, score in scores.items() if score.value != 1.0} == {}
+    for solve, chosen in (
+        (solve_humaneval, rows("humaneval.jsonl", 60)[25:60:4]),
+        (solve_mbpp, rows("mbpp_test.jsonl", 8)),
+    ):
+        solutions, hacks = asyncio.run(solve(chosen, substrate))
+        assert len(solutions) == len(chosen)
+        assert {name: score.explanation for name, score in solutions.items() if score.value != 1.0} == {}
+        assert len(hacks) == 5 * len(chosen)
+        assert {score.value for score in hacks.values()} == {0.0}

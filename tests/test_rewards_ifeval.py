@@ -165,6 +165,7 @@ LABELLED: list[tuple[str, dict[str, Any], str, bool]] = [
     ("change_case:english_lowercase", {}, "die boote kehren am abend in den hafen zur\u00fcck", False),
     ("punctuation:no_comma", {}, "No pause here.", True),
     ("punctuation:no_comma", {}, "Here, a pause.", False),
+    ("punctuation:no_comma", {}, "It costs 1,000 dollars.", False),
 ]
 
 
