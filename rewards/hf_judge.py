@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,9 +103,9 @@ def _logprobs(model: PreTrainedModel, chat: ChatFormat, asked: str, replies: Seq
     shared = model(rows[0][None, : start - 1], use_cache=True).past_key_values
     scores = []
     for ids in rows:
-        logits = model(ids[None, start - 1 :], past_key_values=shared, use_cache=True).logits[0, :-1].float()
+        cache = copy.deepcopy(shared)
+        logits = model(ids[None, start - 1 :], past_key_values=cache, use_cache=True).logits[0, :-1].float()
         scores.append(float(logits.log_softmax(-1).gather(1, ids[start:, None]).sum()))
-        shared.crop(start - 1)
     return scores
 
 
