@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Environment, GroupReward, Reward, Substrate, TaskSource, Teacher, TeacherLibrary
+from posttrain.protocols import (
+    Environment,
+    GroupReward,
+    JudgeMonitor,
+    JudgeTaskSource,
+    Reward,
+    Substrate,
+    TaskSource,
+    Teacher,
+    TeacherLibrary,
+)
 from posttrain.types import Sampling
 
 Positive = Annotated[int, Field(ge=1)]
@@ -199,6 +209,35 @@ class Workers(Value):
     """A group with fewer scored rollouts than this leaves the step."""
 
 
+class JudgeTraining(Value):
+    """Judge prompts among the generate prompts of a domain's GRPO: the policy learns to judge in the run it is judged
+    in (DeepSeek-V4's generative reward model)."""
+
+    tasks: JudgeTaskSource
+    """Where judge prompts with known answers come from."""
+    reward: Reward
+    """What a judge reply earns."""
+    groups_per_step: Positive = 2
+    """Judge prompts per step, besides ``grpo.groups_per_step``; 10 to 30 % of all is usual."""
+    num_generations: int = Field(default=8, ge=2)
+    """Replies per prompt, spread evenly over its presentation orders."""
+    max_tokens: Positive = 256
+    """Budget of one reply; how tokens are drawn is the domain's ``sampling``."""
+    weight: float = Field(default=1.0, gt=0)
+    """Multiplies the advantages of judge replies."""
+    anchor_share: Fraction = 0.25
+    """Share of judge prompts that come from golden sets and pairs rather than from the run's own rollouts."""
+    pool_size: Positive = 256
+    """Newest prompts kept of the run's own rollouts, for each answer."""
+    max_refills: int = Field(default=1, ge=0)
+    """How often a step plays other prompts in place of those that all replies got right, or all wrong."""
+    monitor: JudgeMonitor | None = None
+    """What is measured on a frozen set before the first step and every ``monitor_steps``."""
+    monitor_steps: Positive = 10
+    max_bias: float = Field(default=0.1, gt=0)
+    """The monitor's ``bias`` (mean score less the true share) above which the report warns of a lenient judge."""
+
+
 class Domain(Value):
     """One skill: its tasks, how they are played and scored, and how its specialist is trained."""
 
@@ -208,6 +247,8 @@ class Domain(Value):
     sampling: Sampling = Sampling()
     sft: SFT | None = None
     grpo: GRPO | None = None
+    judge_training: JudgeTraining | None = None
+    """Judge prompts with known answers among those of ``grpo``; None trains generation only."""
     # Not checked here: on Python 3.11 an isinstance check would read the fingerprint, and so the checkpoint.
     teacher: SkipValidation[Teacher | None] = None
     """A ready-made specialist, instead of training one here."""
@@ -225,6 +266,12 @@ class Domain(Value):
                 "domain: teacher is set together with sft or grpo; expected either a ready-made teacher or stages "
                 "that train one; remove one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _judges_within_grpo(self) -> Self:
+        if self.judge_training is not None and self.grpo is None:
+            raise RecipeError("domain: judge_training is set without grpo, whose steps it joins; set grpo or remove it")
         return self
 
 

@@ -35,6 +35,8 @@ def check_recipe(recipe: Recipe) -> None:
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
             _check_window(name, domain, task, window=window, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+        for form in _judge_prompts(name, domain):
+            _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
         if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
@@ -94,6 +96,22 @@ def _check_tasks(name: str, domain: Domain, *, count: int) -> list[Task]:
             "training data; split by task"
         )
     return train + heldout
+
+
+def _judge_prompts(name: str, domain: Domain) -> list[Task]:
+    """Judge prompts known beforehand, in all their orders."""
+    judging = domain.judge_training
+    if judging is None:
+        return []
+    monitored = judging.monitor.tasks() if judging.monitor is not None else ()
+    tasks = [*itertools.islice(judging.tasks.anchors(), PROBED_TASKS), *monitored]
+    for task in tasks:
+        if judging.num_generations % len(task.variants):
+            raise RecipeError(
+                f"domains.{name}.judge_training.num_generations = {judging.num_generations}: judge prompt {task.id!r} "
+                f"has {len(task.variants)} presentation orders; expected a multiple of that; change it"
+            )
+    return [form for task in tasks for form in task.variants]
 
 
 def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
@@ -162,11 +180,15 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     trained = 1 if recipe.model.lora is None else 0
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
-        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and isinstance(d.reward, PolicyJudged) else 0
-        for d in recipe.domains.values()
+        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
     num_models = max(0, num_stages - finished_stages) + num_judges
     return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+
+
+def _asks_policy(domain: Domain) -> bool:
+    judging = domain.judge_training
+    return isinstance(domain.reward, PolicyJudged) or (judging is not None and isinstance(judging.reward, PolicyJudged))
 
 
 def check_disk(path: Path, *, needed_bytes: int) -> None:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from posttrain.types import (
+    AnyRollout,
     Completion,
     ExecResult,
+    Group,
     IntArray,
+    JudgeTask,
     Message,
     Observation,
     Request,
@@ -268,6 +271,46 @@ class Judge(Protocol):
     async def ask(self, messages: Sequence[Message], *, max_tokens: int, seed: int) -> str:
         """The reply as text. Raises ``JudgeError`` when no reply can be had, ``UnreadableReply`` (one of its kinds)
         when there was one that must not be read, such as one cut off by its budget."""
+        ...
+
+
+@runtime_checkable
+class JudgeTaskSource(Protocol):
+    """Where judge prompts with known answers come from, for a policy that is trained as its own judge."""
+
+    def from_rollout(self, rollout: AnyRollout, score: Score) -> Sequence[JudgeTask]:
+        """Judge prompts about a rollout whose own score says what the right answers are; often none."""
+        ...
+
+    def anchors(self) -> Sequence[JudgeTask]:
+        """Prompts whose answers people or code gave beforehand; the same ones every time."""
+        ...
+
+
+@runtime_checkable
+class JudgeMonitor(Protocol):
+    """Watches the judging of a policy that is trained as its own judge, on prompts that never change."""
+
+    @property
+    def samples(self) -> int:
+        """Replies drawn for each form of each prompt."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """That of the judge in use."""
+        ...
+
+    def tasks(self) -> Sequence[JudgeTask]:
+        """The frozen prompts; never trained on."""
+        ...
+
+    def scores(self, groups: Sequence[Group]) -> Mapping[str, float]:
+        """What each prompt's text got, by id; the first call's are kept to compare later ones with."""
+        ...
+
+    def measure(self, groups: Sequence[Group], start: Mapping[str, float]) -> Mapping[str, float]:
+        """Metrics of the replies, one group per prompt. ``start``: the scores before training."""
         ...
 
 

@@ -146,6 +146,24 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeTask:
+    """A judge prompt whose right answer is known. Plain JSON data all through, so that it can wait in a checkpoint."""
+
+    variants: tuple[Task, ...]
+    """The prompt in each of its presentation orders; only one for a text that is judged by itself."""
+    label: str | None
+    """The right answer, by which prompts are balanced; None where the orders balance themselves."""
+    labels: tuple[str, ...] = ()
+    """All possible answers."""
+    source: str = "golden"
+    """Where the answer comes from: ``verified`` (the rollout's own score), ``golden`` or ``pair``."""
+
+    @property
+    def id(self) -> str:
+        return self.variants[0].id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are drawn. ``temperature=0`` is greedy decoding."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from posttrain.types import Message
-from rewards.judge import CANNOT_ASSESS, Question, Verdict, parse_json_reply
+from rewards.judge import CANNOT_ASSESS, Question, Verdict, canary_of, check_canary, parse_json_reply, shuffled
 from rewards.untrusted import judge_view
 
 T = TypeVar("T")
@@ -33,18 +33,25 @@ def split(items: Sequence[T], size: int, *, key: object) -> list[tuple[T, ...]]:
     return [tuple(order[i : i + size]) for i in range(0, len(order), max(size, 1))]
 
 
-def render_batch(questions: Sequence[Question], nonce: str) -> tuple[Message, ...]:
-    """One conversation about several criteria of one response; ``nonce`` is 32 hex characters."""
-    first = questions[0]
+def render_batch(questions: Sequence[Question], nonce: str, *, canary: bool = False) -> tuple[Message, ...]:
+    """One conversation about several criteria of one response; ``nonce`` is 32 hex characters.
+
+    Criteria, and the canary among them, and their labels come in an order of the nonce.
+    """
+    asked = [(question.id, question.criterion, question.labels) for question in questions]
+    if canary:
+        extra = canary_of(nonce)
+        asked.append((extra.id, extra.text, extra.labels))
+    asked = list(shuffled(asked, nonce))
     verdicts = ", ".join(
-        f'{{"id": {json.dumps(question.id)}, "evidence": "<exact quote from the response, or empty>", '
-        f'"verdict": "<{"|".join((*question.labels, CANNOT_ASSESS))}>"}}'
-        for question in questions
+        f'{{"id": {json.dumps(name)}, "evidence": "<exact quote from the response, or empty>", '
+        f'"verdict": "<{"|".join((*shuffled(labels, nonce), CANNOT_ASSESS))}>"}}'
+        for name, _, labels in asked
     )
     material = {
-        "task": [{"role": message["role"], "content": message["content"]} for message in first.prompt],
-        "criteria": [{"id": question.id, "text": question.criterion} for question in questions],
-        "response": judge_view(first.response).text,
+        "task": [{"role": message["role"], "content": message["content"]} for message in questions[0].prompt],
+        "criteria": [{"id": name, "text": text} for name, text, _ in asked],
+        "response": judge_view(questions[0].response).text,
     }
     return (
         {"role": "system", "content": _RULES.format(nonce=nonce, verdicts=verdicts)},
@@ -52,6 +59,13 @@ def render_batch(questions: Sequence[Question], nonce: str) -> tuple[Message, ..
     )
 
 
-def parse_batch(reply: str, questions: Sequence[Question], nonce: str) -> tuple[Verdict, ...]:
-    """One verdict a question, in their order. ``JudgeError`` unless a reply answers each of them exactly once."""
-    return parse_json_reply(reply, nonce, {question.id: question.labels for question in questions})
+def parse_batch(reply: str, questions: Sequence[Question], nonce: str, *, canary: bool = False) -> tuple[Verdict, ...]:
+    """One verdict a question, in their order. ``UnreadableReply`` unless a reply answers each of them exactly once, and
+    when it says that the canary is met."""
+    expected = {question.id: question.labels for question in questions}
+    if not canary:
+        return parse_json_reply(reply, nonce, expected)
+    extra = canary_of(nonce)
+    *verdicts, alarm = parse_json_reply(reply, nonce, {**expected, extra.id: extra.labels})
+    check_canary(alarm, reply)
+    return tuple(verdicts)

@@ -1,4 +1,4 @@
-"""``posttrain rewards lint | score | convert | audit``, the command line of rewards and rubrics.
+"""``posttrain rewards lint | score | audit | calibrate | convert``, the command line of rewards and rubrics.
 
 A command is a module with ``add_parser(commands)``, which adds its parser and sets ``command`` to a function of the
 parsed arguments that returns the exit code.
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from posttrain.errors import JudgeError, RecipeError, SandboxError
-from rewards import audit, convert, lint, score
+from rewards import audit, calibrate, convert, lint, score
 
-COMMANDS = (lint, score, convert, audit)
+COMMANDS = (lint, score, audit, calibrate, convert)
 """In the order ``--help`` lists them."""
 
 

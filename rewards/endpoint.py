@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.errors import JudgeError, RecipeError, UnreadableReply
 from posttrain.tally import TALLY
 from posttrain.types import Message
-from rewards.limits import Breaker, Ledger, Passage, Prices, Rate, Usage
+from rewards.limits import Breaker, BudgetExceeded, Ledger, Passage, Prices, Rate, Usage
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,7 +49,7 @@ class Limits:
     attempt_timeout_s: float = 60.0
     """Of one request; after it the connection is closed."""
     deadline_s: float = 180.0
-    """Of one question, with its retries and their pauses, not counting time spent waiting for a place."""
+    """Of one question, with its retries and their pauses, not counting waits for a place, a rate or the circuit."""
     max_retries: int = 4
     """Further requests after failures that may pass."""
     max_pause_s: float = 600.0
@@ -174,10 +174,14 @@ class Client:
         self._in_flight = 0
 
     def counters(self) -> dict[str, float]:
-        """Sums by name: ``calls``, ``replies``, ``retries``, failures by kind (``connection_errors``, ``timeouts``,
-        ``rate_limited``, ``server_errors``, ``malformed``), ``refused``, ``cut_off``, ``filtered``, tokens and cost,
-        how often the circuit ``opened`` and for how many seconds nobody passed (``paused_s``); and, not sums, how many
-        are ``in_flight`` and the latency of the latest 2,048 replies, ``p50_s`` and ``p95_s``."""
+        """What the calls of this event loop came to.
+
+        Sums: ``calls``, ``replies``, ``retries``; failures by kind, ``connection_errors``, ``timeouts``,
+        ``rate_limited``, ``server_errors`` and ``malformed``; ``refused`` and ``over_budget``; replies that are no
+        verdict, ``cut_off``, ``filtered`` and ``empty``; tokens and cost; how often the circuit ``opened``, and for how
+        many seconds nobody passed (``paused_s``). No sums: how many are ``in_flight``, and the latency of the latest
+        2,048 replies, ``p50_s`` and ``p95_s``.
+        """
         ordered = sorted(self._latencies)
         quantiles = {"p50_s": 0.50, "p95_s": 0.95}
         return {
@@ -216,15 +220,13 @@ class Client:
         limits = self._limits
         effort = _Effort(patience_s=limits.max_pause_s)
         while True:
-            began = time.monotonic()
             try:
                 async with self._places, self._breaker.passage(effort.patience_s) as passage:
                     effort.patience_s -= passage.waited_s
-                    began = time.monotonic()
                     return await self._request(body, most, passage, limits.deadline_s - effort.busy_s)
             except _Passing as failure:
                 problem = failure
-            effort.busy_s += time.monotonic() - began
+            effort.busy_s += passage.busy_s
             self._count(problem.kind)
             pause_s = self._pause_after(problem, effort, probe=passage.probe)
             if effort.failures > limits.max_retries or effort.busy_s + pause_s >= limits.deadline_s:
@@ -253,7 +255,11 @@ class Client:
     async def _request(self, body: bytes, most: Usage, passage: Passage, left_s: float) -> _Reply:
         """One request, within the rates and the budget."""
         aside = (float(most.tokens), self._cost(most))
-        await self._ledger.put_aside(*aside)
+        try:
+            await self._ledger.put_aside(*aside)
+        except BudgetExceeded:
+            self._count("over_budget")
+            raise
         used = (0.0, 0.0)
         try:
             await self._requests.take()
@@ -294,7 +300,8 @@ class Client:
             raise _passing(error, timeout_s) from error
         finally:
             self._in_flight -= 1
-        self._latencies.append(time.monotonic() - started)
+            passage.busy_s = time.monotonic() - started
+        self._latencies.append(passage.busy_s)
         return reply
 
     def _check_status(self, response: aiohttp.ClientResponse, raw: bytes, passage: Passage) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from posttrain.errors import UnreadableReply
 from posttrain.protocols import Ask
@@ -87,9 +87,15 @@ class JsonDialect:
     canary: bool = False
     """Ask about a second criterion, which no response meets; a reply that says it is met is unreadable. Costs about
     100 tokens a call, and catches a judge that was talked into agreeing with everything."""
+    order: Literal["drawn", "given", "reversed"] = "drawn"
+    """Of the labels a judge may choose from: another for every vote, or one of two to find a liking for position."""
 
     def render(self, question: Question, nonce: str) -> tuple[Message, ...]:
-        return render_json_prompt(question, nonce, canary=canary_of(nonce) if self.canary else None)
+        if self.order != "drawn":
+            labels = question.labels if self.order == "given" else question.labels[::-1]
+            question = replace(question, labels=labels)
+        canary = canary_of(nonce) if self.canary else None
+        return render_json_prompt(question, nonce, canary, shuffle=self.order == "drawn")
 
     def parse(self, reply: str, question: Question, nonce: str) -> Verdict:
         if not self.canary:
@@ -148,7 +154,7 @@ def canary_of(nonce: str) -> Canary:
     digest = hashlib.sha256(f"canary {nonce}".encode()).hexdigest()
     word = "".join(chr(ord("a") + int(digit, 16)) for digit in digest[:10])
     return Canary(
-        id=f"c{int(digest[10:14], 16)}", text=_CANARIES[int(digest[14], 16) % len(_CANARIES)].format(word=word)
+        id=f"c{int(digest[10:14], 16)}", text=_CANARIES[int(digest[16], 16) % len(_CANARIES)].format(word=word)
     )
 
 
@@ -219,17 +225,22 @@ Reply with one JSON object and nothing else, evidence first:
 Answer cannot_assess when the response does not let you decide. Never put a quote that is not in the response."""
 
 
-def render_json_prompt(question: Question, nonce: str, canary: Canary | None = None) -> tuple[Message, ...]:
+def render_json_prompt(
+    question: Question, nonce: str, canary: Canary | None = None, *, shuffle: bool = True
+) -> tuple[Message, ...]:
     """The ``json`` dialect's question; ``nonce`` is 32 hex characters (128 bits).
 
-    Labels, and the criterion and its canary, come in an order of the nonce.
+    The criterion and its canary, and with ``shuffle`` the labels, come in an order of the nonce.
     """
     asked = [(question.id, question.criterion, question.labels)]
     if canary is not None:
         asked = list(shuffled([*asked, (canary.id, canary.text, canary.labels)], nonce))
     rules = _JSON_RULES.format(
         nonce=nonce,
-        rows=", ".join(_row(name, (*shuffled(labels, nonce), CANNOT_ASSESS)) for name, _, labels in asked),
+        rows=", ".join(
+            reply_row(name, (*(shuffled(labels, nonce) if shuffle else labels), CANNOT_ASSESS))
+            for name, _, labels in asked
+        ),
     )
     criteria = [{"id": name, "text": text} for name, text, _ in asked]
     material = {
@@ -240,7 +251,8 @@ def render_json_prompt(question: Question, nonce: str, canary: Canary | None = N
     return ({"role": "system", "content": rules}, {"role": "user", "content": json.dumps(material, ensure_ascii=False)})
 
 
-def _row(criterion: str, labels: Sequence[str]) -> str:
+def reply_row(criterion: str, labels: Sequence[str]) -> str:
+    """How the verdict on one criterion is to be written."""
     quote = "<exact quote from the response, or empty>"
     return f'{{"id": {json.dumps(criterion)}, "evidence": "{quote}", "verdict": "<{"|".join(labels)}>"}}'
 

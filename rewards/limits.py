@@ -157,6 +157,8 @@ class Passage:
     probe: bool
     """Whether it is the one that finds out if the other side is back."""
     waited_s: float
+    busy_s: float = 0.0
+    """What the call itself took."""
     worked: bool | None = None
     """Whether the other side answered; None while that is not known, and when it says nothing about it."""
 

@@ -30,7 +30,7 @@ from rewards.rubric import (
     texts_on_disk,
     with_text_of,
 )
-from rewards.untrusted import judge_view
+from rewards.untrusted import judge_view, visible
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 _ID = "better"
@@ -154,7 +154,7 @@ class PairwiseReward:
             except UnreadableReply as failure:
                 reply = failure.reply
                 continue
-            quote = one_line(verdict.evidence)
+            quote = one_line(visible(verdict.evidence))
             invented = bool(quote) and not any(quote in one_line(judge_view(text).text) for text in shown)
             label = CANNOT_ASSESS if invented else verdict.label
             return Judgment(criterion=name, verdict=label, score=_SHARES[label], evidence=verdict.evidence, reply=reply)

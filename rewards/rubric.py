@@ -11,17 +11,17 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from pydantic import Field, ValidationError, model_validator
 
 from posttrain.config import Value
 from posttrain.errors import RecipeError, UnreadableReply
 from posttrain.protocols import Ask, Judge, Sandbox
-from posttrain.types import Judgment, Rollout, Score, ScoreStatus, Task
+from posttrain.types import Judgment, Message, Rollout, Score, ScoreStatus, Task
 from rewards.batched import parse_batch, render_batch, split
 from rewards.checks import CHECKS, words
 from rewards.criteria import Aggregation, Criterion, Total, aggregate
@@ -38,7 +38,9 @@ from rewards.judge import (
     derive_nonce,
 )
 from rewards.rubric_file import explain_errors, parse_toml, rubric_source
-from rewards.untrusted import judge_view
+from rewards.untrusted import judge_view, suspicions
+
+T = TypeVar("T")
 
 UNREADABLE = "unreadable"
 """Verdict recorded when no reply could be read; it never has a score."""
@@ -218,6 +220,30 @@ def judged_text(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Case:
+    """What is judged."""
+
+    task: Task
+    response: str
+    version: str
+    """Of the rubric."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What nonces and seeds are derived from, besides the response."""
+        return self.version, self.task.id
+
+    def question(self, criterion: Criterion) -> Question:
+        return Question(
+            id=criterion.id,
+            criterion=criterion.claim,
+            labels=criterion.labels,
+            prompt=self.task.prompt,
+            response=self.response,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RubricReward:
     """Scores a response by a rubric, with a judge asked in one of three ways, all questions and votes at once.
 
@@ -305,27 +331,22 @@ class RubricReward:
                 flags=("empty",),
                 explanation="The response has no words.",
             )
-        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], rollout, response, rubric)
+        case = _Case(rollout.task, response, rubric.version)
+        judgments = await self._judge_all([c for c in criteria if c.kind == "judge"], case)
         checked = {c.id: _checked(c, response) for c in criteria if c.kind == "code"}
         return self._combine(rubric, criteria, checked, judgments, response)
 
-    async def _judge_all(
-        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, rubric: Rubric
-    ) -> Mapping[str, tuple[Judgment, ...]]:
+    async def _judge_all(self, criteria: Sequence[Criterion], case: _Case) -> Mapping[str, tuple[Judgment, ...]]:
         size = (self.batch_size or len(criteria)) if self.mode == "batched" else 1
-        batches = [
-            (vote, batch)
-            for vote in range(self.votes)
-            for batch in split(criteria, size, key=(rollout.id, rubric.version, vote))
-        ]
         try:
             # A task group, since gather would leave the other calls running, and paid for, after one has failed.
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._ask_batch(batch, rollout, response, vote, rubric.version))
+                    group.create_task(self._batch_vote(batch, case, vote))
                     if self.mode == "batched"
-                    else group.create_task(self._ask_one(batch[0], rollout, response, vote, rubric.version))
-                    for vote, batch in batches
+                    else group.create_task(self._vote(batch[0], case, vote))
+                    for vote in range(self.votes)
+                    for batch in split(criteria, size, key=(*case.key, vote))
                 ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
@@ -335,60 +356,58 @@ class RubricReward:
                 given[judgment.criterion].append(judgment)
         return {name: tuple(votes) for name, votes in given.items()}
 
-    async def _ask_one(
-        self, criterion: Criterion, rollout: Rollout, response: str, vote: int, version: str
-    ) -> tuple[Judgment, ...]:
-        return (await self._vote(criterion, rollout, response, vote, version),)
+    async def _vote(self, criterion: Criterion, case: _Case, vote: int) -> tuple[Judgment, ...]:
+        """One readable verdict; ``unreadable`` when there is none."""
+        question = case.question(criterion)
+        verdict, reply = await self._read(
+            lambda nonce: self.dialect.render(question, nonce),
+            lambda reply, nonce: self.dialect.parse(reply, question, nonce),
+            case,
+            asked=(criterion.id, vote),
+        )
+        return (_judgment(criterion, verdict, case.response, reply),)
 
-    async def _ask_batch(
-        self, criteria: Sequence[Criterion], rollout: Rollout, response: str, vote: int, version: str
-    ) -> tuple[Judgment, ...]:
-        """One readable reply about several criteria, asking again with new seeds; ``unreadable`` when there is none."""
-        judge = self._judge_for(criteria[0])
-        questions = [_question(c, rollout, response) for c in criteria]
+    async def _batch_vote(self, criteria: Sequence[Criterion], case: _Case, vote: int) -> tuple[Judgment, ...]:
+        """One readable reply about several criteria; all ``unreadable`` when there is none."""
+        questions = [case.question(criterion) for criterion in criteria]
+        canary = isinstance(self.dialect, JsonDialect) and self.dialect.canary
+        verdicts, reply = await self._read(
+            lambda nonce: render_batch(questions, nonce, canary=canary),
+            lambda reply, nonce: parse_batch(reply, questions, nonce, canary=canary),
+            case,
+            asked=(tuple(criterion.id for criterion in criteria), vote),
+        )
+        read: Sequence[Verdict | None] = verdicts if verdicts is not None else [None] * len(criteria)
+        pairs = zip(criteria, read, strict=True)
+        return tuple(_judgment(criterion, verdict, case.response, reply) for criterion, verdict in pairs)
+
+    async def _read(
+        self,
+        render: Callable[[str], Sequence[Message]],
+        parse: Callable[[str, str], T],
+        case: _Case,
+        *,
+        asked: tuple[Any, int],
+    ) -> tuple[T | None, str]:
+        """What a reply says, asking again with new seeds, and the reply; None when none could be read."""
+        name, vote = asked
+        if self.judge is None:
+            raise RecipeError(
+                f"rubric criterion {name!r} needs a judge; set RubricReward.judge, or call with_policy to let the "
+                "policy judge"
+            )
+        budget = self.max_tokens * (len(name) if isinstance(name, tuple) else 1)
         reply = ""
         for attempt in range(self.max_retries + 1):
             # Nothing of the rollout but its text: equal responses to a task are asked about once where calls are kept.
-            key = (version, rollout.task.id, tuple(c.id for c in criteria), vote, attempt, response)
-            nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
-            budget = self.max_tokens * len(criteria)
+            key = (*case.key, name, vote, attempt, case.response)
+            nonce = derive_nonce(*key, response=case.response, num_chars=self.dialect.nonce_chars)
             try:
-                reply = await judge.ask(render_batch(questions, nonce), max_tokens=budget, seed=_seed(key))
-                verdicts = parse_batch(reply, questions, nonce)
+                reply = await self.judge.ask(render(nonce), max_tokens=budget, seed=_seed(key))
+                return parse(reply, nonce), reply
             except UnreadableReply as failure:
                 reply = failure.reply
-                continue
-            return tuple(
-                _judgment(c, check_evidence(verdict, response, required=c.evidence), reply)
-                for c, verdict in zip(criteria, verdicts, strict=True)
-            )
-        return tuple(Judgment(criterion=c.id, verdict=UNREADABLE, score=None, reply=reply) for c in criteria)
-
-    def _judge_for(self, criterion: Criterion) -> Judge:
-        if self.judge is None:
-            raise RecipeError(
-                f"rubric criterion {criterion.id!r} needs a judge; set RubricReward.judge, or call with_policy to let "
-                "the policy judge"
-            )
-        return self.judge
-
-    async def _vote(self, criterion: Criterion, rollout: Rollout, response: str, vote: int, version: str) -> Judgment:
-        """One readable verdict, asking again with new seeds; ``unreadable`` when there is none."""
-        judge = self._judge_for(criterion)
-        question = _question(criterion, rollout, response)
-        reply = ""
-        for attempt in range(self.max_retries + 1):
-            key = (version, rollout.task.id, criterion.id, vote, attempt, response)
-            nonce = derive_nonce(*key, response=response, num_chars=self.dialect.nonce_chars)
-            messages = self.dialect.render(question, nonce)
-            try:
-                reply = await judge.ask(messages, max_tokens=self.max_tokens, seed=_seed(key))
-                verdict = self.dialect.parse(reply, question, nonce)
-            except UnreadableReply as failure:
-                reply = failure.reply
-                continue
-            return _judgment(criterion, check_evidence(verdict, response, required=criterion.evidence), reply)
-        return Judgment(criterion=criterion.id, verdict=UNREADABLE, score=None, reply=reply)
+        return None, reply
 
     def _combine(
         self,
@@ -414,7 +433,10 @@ class RubricReward:
             error=error,
             judgments=tuple(judgment for votes in judgments.values() for judgment in votes),
             rubric_version=rubric.version,
-            flags=(f"reserved_markers:{hidden}",) if hidden else (),
+            flags=(
+                *((f"reserved_markers:{hidden}",) if hidden else ()),
+                *(f"plea:{kind}" for kind in suspicions(response)),
+            ),
             explanation=error or _explain(parts, total),
         )
 
@@ -425,17 +447,11 @@ def fill_criterion(criterion: Criterion, rubric: Rubric, task: Task) -> Criterio
     return criterion.model_copy(update={"text": str(fill(criterion.text, task.info, where)), "args": args})
 
 
-def _question(criterion: Criterion, rollout: Rollout, response: str) -> Question:
-    return Question(
-        id=criterion.id,
-        criterion=criterion.claim,
-        labels=criterion.labels,
-        prompt=rollout.task.prompt,
-        response=response,
-    )
-
-
-def _judgment(criterion: Criterion, verdict: Verdict, reply: str) -> Judgment:
+def _judgment(criterion: Criterion, verdict: Verdict | None, response: str, reply: str) -> Judgment:
+    """A verdict as a judgment, once its quote was found in the response; ``unreadable`` for None."""
+    if verdict is None:
+        return Judgment(criterion=criterion.id, verdict=UNREADABLE, score=None, reply=reply)
+    verdict = check_evidence(verdict, response, required=criterion.evidence)
     score = None if verdict.label == CANNOT_ASSESS else criterion.label_score(verdict.label)
     return Judgment(criterion=criterion.id, verdict=verdict.label, score=score, evidence=verdict.evidence, reply=reply)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 from posttrain.errors import JudgeError, RecipeError
 from posttrain.protocols import Judge
 from posttrain.types import Rollout, Score, ScoreStatus
-from rewards.judge import JsonDialect, LineDialect
+from rewards.judge import Dialect, JsonDialect, LineDialect
 from rewards.rows import read_rollouts
 from rewards.rubric import Rubric, RubricReward, RubricSource, TaskRubric
 
-_DIALECTS = {"json": JsonDialect, "line": LineDialect}
+_DIALECTS: Mapping[str, Callable[[], Dialect]] = {"json": JsonDialect, "line": LineDialect}
 
 
 async def score_rows(reward: RubricReward, rollouts: Sequence[Rollout], *, concurrency: int = 8) -> list[Score]:
@@ -51,19 +52,38 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def load_judge(spec: str) -> Judge | None:
-    """The judge that ``--judge`` names; None for ``none``, which suits rubrics of code criteria only.
+@contextlib.contextmanager
+def open_judge(spec: str, *, model: str = "", key_env: str | None = None) -> Iterator[Judge | None]:
+    """The judge that ``--judge`` names, for the time of the context.
 
-    ``module:attribute`` is a judge, or a function without arguments that gives one.
+    ``none`` gives None, which suits rubrics of code criteria only; ``http...`` an OpenAI-compatible endpoint that
+    serves ``model``; ``checkpoint:PATH`` a model of Hugging Face's kind on this machine (a folder, a hub name or
+    ``package:...``); ``module:attribute`` a judge of one's own, or a function without arguments that gives one.
     """
     if spec == "none":
-        return None
+        yield None
+    elif spec.startswith(("http://", "https://")):
+        if not model:
+            raise RecipeError(f"--judge {spec} needs --model, the name under which the endpoint serves its model")
+        from rewards.endpoint import EndpointJudge
+
+        yield EndpointJudge(base_url=spec, model=model, api_key_env=key_env)
+    elif spec.startswith("checkpoint:"):
+        from rewards.hf_judge import HFJudge
+
+        yield HFJudge(path=spec.partition(":")[2])
+    else:
+        yield _own_judge(spec)
+
+
+def _own_judge(spec: str) -> Judge:
     module, _, attribute = spec.partition(":")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"--judge {spec}: {error}; expected module:attribute or none") from error
+        expected = "none, http(s)://..., checkpoint:PATH or module:attribute"
+        raise RecipeError(f"--judge {spec}: {error}; expected {expected}") from error
     finally:
         sys.path.remove("")
     judge = found if isinstance(found, Judge) and not isinstance(found, type) else found()
@@ -78,7 +98,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser("score", help=text, description=text, epilog="Exit code: 1 when nothing was scored.")
     parser.add_argument("rubric", help="TOML file, packaged name, or info:FIELD for a rubric in each row's field")
     parser.add_argument("responses", type=Path, help="JSON Lines with 'prompt', 'response' and the rubric's fields")
-    parser.add_argument("--judge", default="none", help="none, or module:attribute (default: none)")
+    parser.add_argument(
+        "--judge",
+        default="none",
+        help="none, an endpoint's http(s)://.../v1, checkpoint:PATH, or module:attribute (default: none)",
+    )
+    parser.add_argument("--model", default="", help="what the endpoint is to serve")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the endpoint's key")
     parser.add_argument("--mode", default="explicit", choices=("explicit", "batched", "implicit"))
     parser.add_argument("--dialect", default="json", choices=tuple(_DIALECTS))
     parser.add_argument("--votes", type=int, default=1)
@@ -90,15 +116,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     rollouts = read_rollouts(arguments.responses)
-    reward = RubricReward(
-        _source(arguments.rubric),
-        load_judge(arguments.judge),
-        dialect=_DIALECTS[arguments.dialect](),
-        votes=arguments.votes,
-        max_tokens=arguments.max_tokens,
-        mode=arguments.mode,
-    )
-    scores = asyncio.run(score_rows(reward, rollouts, concurrency=arguments.concurrency))
+    with open_judge(arguments.judge, model=arguments.model, key_env=arguments.api_key_env) as judge:
+        reward = RubricReward(
+            _source(arguments.rubric),
+            judge,
+            dialect=_DIALECTS[arguments.dialect](),
+            votes=arguments.votes,
+            max_tokens=arguments.max_tokens,
+            mode=arguments.mode,
+        )
+        scores = asyncio.run(score_rows(reward, rollouts, concurrency=arguments.concurrency))
     if arguments.out is not None:
         lines = [json.dumps(_record(rollout, score)) for rollout, score in zip(rollouts, scores, strict=True)]
         arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

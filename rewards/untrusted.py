@@ -43,6 +43,27 @@ _RESERVED = re.compile(
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
+_SUSPICIONS = {
+    "override": re.compile(
+        r"\b(?:ignore|disregard|forget|override)\b[^.\n]{0,40}\b(?:instructions?|rules?|above|previous|prompt|criteri\w+|rubric)\b",
+        re.IGNORECASE,
+    ),
+    "addresses_judge": re.compile(
+        r"\b(?:dear|note\s+to(?:\s+the)?|attention|as\s+(?:a|the))\s+(?:judge|grader|evaluator|reviewer|rater)\b|\bsystem\s+note\b",
+        re.IGNORECASE,
+    ),
+    "asks_for_verdict": re.compile(
+        r"\b(?:judge|grade|mark|rate|score|count|consider)\s+(?:this|it|me|the\s+(?:response|reply|answer))\b[^.:\n]{0,30}"
+        r"\b(?:as\s+)?(?:met|correct|full|perfect|highly|pass(?:ed)?|1\.0|10)\b|\b(?:answer|counts?\s+as)\s+(?:met|correct)\b",
+        re.IGNORECASE,
+    ),
+    "claims_to_meet": re.compile(
+        r"\b(?:meets?|satisf(?:y|ies)|fulfil?ls?)\s+(?:the|all|every|each)\s+(?:\w+\s+)?(?:criteri\w+|rubrics?|requirements?)\b"
+        r"|\b10\s*/\s*10\b|\b(?:verified|approved)\s+by\s+(?:a\s+)?(?:human|judge|expert)",
+        re.IGNORECASE,
+    ),
+}
+
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -73,6 +94,13 @@ def judge_view(text: str) -> JudgeView:
 def visible(text: str) -> str:
     """The text without characters that nobody sees: zero-width, bidirectional, tags, fillers, variation selectors."""
     return _UNSEEN.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+
+
+def suspicions(text: str) -> tuple[str, ...]:
+    """Names of the kinds of plea in a text that want something of its judge. For logs and for people: a response may
+    speak so in good faith, and nothing is taken off for it."""
+    shown = visible(text)
+    return tuple(name for name, pattern in _SUSPICIONS.items() if pattern.search(shown))
 
 
 def _inert(match: re.Match[str]) -> str:

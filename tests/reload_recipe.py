@@ -19,7 +19,7 @@ from rewards.rubric import RubricReward
 
 @dataclass(frozen=True, slots=True)
 class EditingTasks:
-    """When a run draws its n-th task, ``edit-n.toml`` takes the rubric's place, and ``stop-n`` ends the run."""
+    """When its n-th task is drawn, ``edit-n.toml`` takes the rubric's place, and ``stop-n`` ends the run."""
 
     folder: str
 
@@ -35,8 +35,8 @@ class EditingTasks:
         return ()
 
     def _act(self, number: int) -> None:
-        if not Path(self.folder, "run").exists():
-            # The look at some tasks that comes before a run.
+        if not Path(self.folder, "run/stages/grpo-letters/reward_files-letters.jsonl").exists():
+            # Tasks are looked at before the run, too.
             return
         edit, stop = Path(self.folder, f"edit-{number}.toml"), Path(self.folder, f"stop-{number}")
         if edit.exists():

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,23 @@ from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.engine.weights import export_weights, import_weights
 from posttrain.models import load_model
 from posttrain.protocols import Sandbox
-from posttrain.rollout.actors import EngineActor, Weights, WorkerSpec
+from posttrain.rollout.actors import EngineActor, RemoteEngine, Weights, WorkerSpec
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.rollout.service import RolloutService, ray_session
-from posttrain.types import Group, Message, Sampling, StopReason, Task
+from posttrain.tally import TALLY
+from posttrain.types import (
+    Completion,
+    FinishReason,
+    Group,
+    Message,
+    Request,
+    Rollout,
+    Sampling,
+    Score,
+    StopReason,
+    Task,
+)
 from tests.tiny_models import save_tiny_model, tiny_chat
 
 pytestmark = pytest.mark.timeout(120)
@@ -71,6 +83,15 @@ class Deadly:
     def start(self, task: Task, sandbox: Sandbox | None) -> WaitingEpisode:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("not reached")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A reward that tallies two judge calls a rollout."""
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        TALLY.add("judge/calls", 2)
+        return Score(value=1.0)
 
 
 _calls = itertools.count()
@@ -184,6 +205,14 @@ def test_groups_come_back_in_the_order_of_the_jobs(service):
     groups = service.play(jobs(SingleTurn(), count=5, name="a"))
     assert [g.task.id for g in groups] == [f"t{i}" for i in range(5)]
     assert [[r.id for r in g.rollouts] for g in groups] == [[f"a/{i}/{k}" for k in range(3)] for i in range(5)]
+
+
+def test_what_a_reward_counts_where_it_runs_is_in_the_metrics_of_the_step(service):
+    service.take_counters()
+    counting = [replace(job, play=replace(job.play, reward=Counts())) for job in jobs(SingleTurn(), count=4)]
+    service.play(counting)
+    assert service.take_counters()["judge/calls"] == 4 * 3 * 2
+    assert service.take_counters()["judge/calls"] == 0
 
 
 def test_a_worker_killed_while_it_plays_is_replaced_and_changes_nothing(service, other_weights, play_here, tmp_path):
@@ -303,3 +332,54 @@ def test_actors_that_hang_are_replaced_and_what_they_had_goes_on(tiny_model, oth
         counted = service.take_counters()
     assert (counted["engines_replaced"], counted["workers_replaced"]) == (1, 1)
     check_same([groups[job.id] for job in asked], play_here(asked))
+
+
+class AnswersLate(RemoteEngine):
+    """Answers all it was asked for since the last time once it is let; the ids of each time are kept."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.let = asyncio.Event()
+        self.asked: list[list[str]] = []
+
+    async def _ask(self, waiting: Mapping[str, tuple[Request, asyncio.Future[Completion]]]) -> None:
+        self.asked.append(list(waiting))
+        await self.let.wait()
+        for name, (request, future) in waiting.items():
+            if not future.done():
+                none = np.zeros(0, np.float32)
+                future.set_result(
+                    Completion(
+                        request_id=name,
+                        token_ids=request.prompt_ids,
+                        logprobs=none,
+                        versions=none.astype(np.int32),
+                        finish=FinishReason.STOP,
+                    )
+                )
+
+
+def test_equal_requests_under_way_are_asked_for_once_and_answered_to_all() -> None:
+    def request(name: str) -> Request:
+        return Request(id=name, prompt_ids=np.zeros(1, np.int32), sampling=Sampling())
+
+    async def ask() -> None:
+        engine = AnswersLate()
+        together = [asyncio.create_task(engine.generate(request(name))) for name in ("a", "b", "a")]
+        await asyncio.sleep(0.01)
+        later, given_up = (asyncio.create_task(engine.generate(request("a"))) for _ in range(2))
+        alone = asyncio.create_task(engine.generate(request("c")))
+        await asyncio.sleep(0.01)
+        given_up.cancel()
+        alone.cancel()
+        await asyncio.sleep(0.01)
+        engine.let.set()
+        done = await asyncio.wait_for(asyncio.gather(*together, later), timeout=5)
+        assert [completion.request_id for completion in done] == ["a", "b", "a", "a"]
+        assert engine.asked == [["a", "b"], ["c"]]
+        assert given_up.cancelled()
+        assert alone.cancelled()
+        assert (await engine.generate(request("a"))).request_id == "a"
+        assert engine.asked[2:] == [["a"]]
+
+    asyncio.run(ask())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rewards.cli
 import sandbox.cli
 from posttrain.cli import _parser
 from posttrain.config import Recipe
@@ -16,11 +17,11 @@ from posttrain.protocols import GroupReward
 from posttrain.types import Completion, FinishReason, Rollout, StopReason, Task, Turn
 from rewards.rubric import Rubric
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def snippets(language: str, path: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def rollout(text: str) -> Rollout:
@@ -61,13 +62,14 @@ def test_the_rewards_score():
     assert [score.value for score in scores] == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "line", [line for block in snippets("sh") for line in block.splitlines() if "posttrain" in line]
-)
+COMMANDS = [
+    line for path in ("README.md", "rewards/README.md") for block in snippets("sh", path) for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("posttrain ")])
 def test_the_commands_parse(line):
-    program, *arguments = shlex.split(line, comments=True)
-    assert program == "posttrain"
-    if arguments[0] == "sandbox":
-        assert callable(sandbox.cli._parser().parse_args(arguments[1:]).command)
-    else:
-        assert callable(_parser().parse_args(arguments).command)
+    _, *arguments = shlex.split(line, comments=True)
+    brought = {"sandbox": sandbox.cli, "rewards": rewards.cli}.get(arguments[0])
+    parser = _parser() if brought is None else brought._parser()
+    assert callable(parser.parse_args(arguments if brought is None else arguments[1:]).command)

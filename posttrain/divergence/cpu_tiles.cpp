@@ -1,4 +1,4 @@
-// The two kernels of posttrain/divergence/cpu_tiles.py, which says what they compute. Needs AVX-512.
+// The kernels of posttrain/divergence/cpu_tiles.py, which says what they compute. Needs AVX-512.
 
 #include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kColumns = 128;  // of a block of the vocabulary; BLOCK_V in Python
 constexpr int64_t kRows = 32;      // positions multiplied at once
 constexpr int64_t kLanes = 16;
+constexpr int64_t kHalfLanes = 2 * kLanes;  // of numbers of two bytes
 constexpr int64_t kVectors = kColumns / kLanes;
 
 // exp(x) for x <= 0 to 2e-7; NaN stays NaN.
@@ -27,20 +28,82 @@ inline __m512 exp_of(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
+}
+
+// Rows become columns.
+inline void transpose(__m512i (&r)[kLanes]) {
+  __m512i t[kLanes];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
 // [count, width] rows, as pairs of neighbours, to [width / 2, kColumns] pairs: the order in which bfloat16 products
 // read their second factor. Missing rows become zeros.
 void pack(const at::BFloat16* rows, int64_t count, int64_t width, int32_t* packed) {
   const auto* pairs = reinterpret_cast<const int32_t*>(rows);
   const int64_t num_pairs = width / 2;
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(num_pairs)));
+  __m512i r[kLanes];
   for (int64_t first = 0; first < kColumns; first += kLanes) {
-    const int64_t valid = std::clamp<int64_t>(count - first, 0, kLanes);
-    const auto mask = static_cast<__mmask16>((1u << valid) - 1);
-    for (int64_t pair = 0; pair < num_pairs; ++pair) {
-      const __m512i column = _mm512_mask_i32gather_epi32(
-          _mm512_setzero_si512(), mask, offsets, pairs + first * num_pairs + pair, sizeof(int32_t));
-      _mm512_storeu_si512(packed + pair * kColumns + first, column);
+    for (int64_t pair = 0; pair < num_pairs; pair += kLanes) {
+      const __mmask16 mask = first_lanes(num_pairs - pair);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        r[i] = first + i < count ? _mm512_maskz_loadu_epi32(mask, pairs + (first + i) * num_pairs + pair)
+                                 : _mm512_setzero_si512();
+      }
+      transpose(r);
+      for (int64_t i = 0; i < std::min(kLanes, num_pairs - pair); ++i) {
+        _mm512_storeu_si512(packed + (pair + i) * kColumns + first, r[i]);
+      }
+    }
+  }
+}
+
+// A [count, columns] part of rows of bfloat16 to [columns, padded]; what is missing to ``padded`` becomes zeros.
+void transpose_part(
+    const uint16_t* rows, int64_t count, int64_t row_stride, int64_t columns, int64_t padded, uint16_t* transposed) {
+  __m512i low[kLanes], high[kLanes];
+  for (int64_t column = 0; column < columns; column += kHalfLanes) {
+    const int64_t valid = std::min(kHalfLanes, columns - column);
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << valid) - 1);
+    for (int64_t row = 0; row < padded; row += kHalfLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        __m512i pair[2];
+        for (int64_t j = 0; j < 2; ++j) {
+          const int64_t at = row + 2 * i + j;
+          pair[j] = at < count ? _mm512_maskz_loadu_epi16(mask, rows + at * row_stride + column) : _mm512_setzero_si512();
+        }
+        low[i] = _mm512_unpacklo_epi16(pair[0], pair[1]);
+        high[i] = _mm512_unpackhi_epi16(pair[0], pair[1]);
+      }
+      transpose(low);
+      transpose(high);
+      // Unpacking works in quarters: of eight columns the first four are in ``low``.
+      for (int64_t i = 0; i < valid; ++i) {
+        const __m512i* from = i % 8 < 4 ? low : high;
+        _mm512_storeu_si512(transposed + (column + i) * padded + row, from[i / 8 * 4 + i % 4]);
+      }
     }
   }
 }
@@ -78,7 +141,7 @@ void posttrain_block_sums(
     const int64_t columns = std::min(kColumns, vocabulary - column);
     __mmask16 masks[kVectors];
     for (int64_t v = 0; v < kVectors; ++v) {
-      masks[v] = static_cast<__mmask16>((1u << std::clamp<int64_t>(columns - v * kLanes, 0, kLanes)) - 1);
+      masks[v] = first_lanes(columns - v * kLanes);
     }
     pack(student_head + column * student_width, columns, student_width, student_packed.data());
     pack(teacher_head + column * teacher_width, columns, teacher_width, teacher_packed.data());
@@ -142,7 +205,7 @@ void posttrain_gradient(
     int64_t factor_stride, int64_t block_stride, int64_t first_row, int64_t last_row) {
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int64_t column = 0; column < vocabulary; column += kLanes) {
-      const auto mask = static_cast<__mmask16>((1u << std::min(kLanes, vocabulary - column)) - 1);
+      const __mmask16 mask = first_lanes(vocabulary - column);
       const float* factor = factors + column / kColumns * block_stride + row;
       uint16_t* at = below_top + row * row_stride + column;
       const __m512 probability = _mm512_mul_ps(exp_of(load_half(at, mask)), _mm512_set1_ps(factor[0]));
@@ -151,6 +214,34 @@ void posttrain_gradient(
       _mm512_mask_cvtepi32_storeu_epi16(at, mask, to_bfloat16(_mm512_mul_ps(probability, apart)));
     }
   }
+}
+
+// [count, width] hidden states to [padded / 2, width] pairs of positions, zeros for those that are missing.
+void posttrain_pack_positions(
+    const uint16_t* hidden, int64_t count, int64_t width, int64_t padded, uint16_t* packed) {
+  for (int64_t position = 0; position < padded; ++position) {
+    uint16_t* to = packed + position / 2 * 2 * width + position % 2;
+    for (int64_t i = 0; i < width; ++i) {
+      to[2 * i] = position < count ? hidden[position * width + i] : 0;
+    }
+  }
+}
+
+// Rows of the head's gradient for blocks [first_block, last_block) of the vocabulary: ``total`` [vocabulary, width]
+// becomes, or with ``add`` grows by, the logits' gradient, transposed, times the packed hidden states.
+void posttrain_head_gradient(
+    const uint16_t* gradient, const at::BFloat16* packed, float* total, int64_t count, int64_t padded,
+    int64_t vocabulary, int64_t width, int64_t row_stride, int64_t add, int64_t first_block, int64_t last_block) {
+  std::vector<uint16_t> transposed(kColumns * padded);
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t column = block * kColumns;
+    const int64_t columns = std::min(kColumns, vocabulary - column);
+    transpose_part(gradient + column, count, row_stride, columns, padded, transposed.data());
+    at::native::cpublas::brgemm(
+        columns, width, padded, padded, width, width, add != 0, reinterpret_cast<const at::BFloat16*>(transposed.data()),
+        packed, total + column * width);
+  }
+  at::native::cpublas::brgemm_release();
 }
 
 }  // extern "C"

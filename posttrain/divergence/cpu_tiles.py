@@ -19,6 +19,7 @@ import torch
 from posttrain.native import compiled
 
 BLOCK_V = 128
+_ROW_MULTIPLE = 32
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -88,6 +89,24 @@ class CpuTiles:
         return kl_C, below_top.view(torch.bfloat16)
 
 
+def head_gradient(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, *, add: bool) -> None:
+    """``total_VD``, float32, becomes ``grad_CV.T @ hidden_CD``, or with ``add`` grows by it; sums are float32."""
+    library = _library()
+    assert library is not None, "callers ask is_available() first"
+    (count, vocabulary), width = grad_CV.shape, hidden_CD.shape[1]
+    padded = -(-count // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    packed = torch.empty(padded, width, dtype=torch.bfloat16)
+    library.posttrain_pack_positions(hidden_CD.data_ptr(), count, width, padded, packed.data_ptr())
+    pointers = [tensor.data_ptr() for tensor in (grad_CV, packed, total_VD)]
+
+    def blocks(first: int, last: int) -> None:
+        library.posttrain_head_gradient(
+            *pointers, count, padded, vocabulary, width, grad_CV.stride(0), int(add), first, last
+        )
+
+    _in_threads(blocks, -(-vocabulary // BLOCK_V))
+
+
 def _in_threads(work: Callable[[int, int], None], count: int) -> None:
     """``work(first, last)`` over 0 to ``count``, on as many threads as PyTorch uses."""
     num_threads = torch.get_num_threads()
@@ -112,5 +131,8 @@ def _library() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.posttrain_block_sums.argtypes = [pointer] * 7 + [size] * 7 + [ctypes.c_float] + [size] * 2
     library.posttrain_gradient.argtypes = [pointer] * 3 + [size] * 6
-    library.posttrain_block_sums.restype = library.posttrain_gradient.restype = None
+    library.posttrain_pack_positions.argtypes = [pointer, size, size, size, pointer]
+    library.posttrain_head_gradient.argtypes = [pointer] * 3 + [size] * 8
+    for name in ("block_sums", "gradient", "pack_positions", "head_gradient"):
+        getattr(library, f"posttrain_{name}").restype = None
     return library

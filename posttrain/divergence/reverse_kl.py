@@ -223,7 +223,9 @@ def _kl_and_gradients(
     hidden_ND, head_VD = inputs.student_hidden_ND.detach(), inputs.student_head_VD.detach()
     kl_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
     grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-    grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
+    grad_head_VD = torch.empty_like(head_VD, dtype=torch.float32) if wants_head else None
+    if grad_head_VD is not None and not len(hidden_ND):
+        grad_head_VD.zero_()
     head_cast_VD = head_VD.to(hidden_ND.dtype) if wants_hidden else None
     if not (wants_hidden or wants_head):
         weights_N = None
@@ -236,7 +238,7 @@ def _kl_and_gradients(
             if grad_hidden_ND is not None and head_cast_VD is not None:
                 torch.mm(grad_CV, head_cast_VD, out=grad_hidden_ND[rows])
             if grad_head_VD is not None:
-                _add_product(grad_head_VD, grad_CV.T, hidden_ND[rows])
+                _add_head_gradient(grad_head_VD, grad_CV, hidden_ND[rows], add=rows.start > 0)
     return kl_N, _Gradients(grad_hidden_ND, grad_head_VD)
 
 
@@ -302,12 +304,20 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add ``a @ b`` to the float32 ``total``; on a GPU in one pass over it."""
-    if a.is_cuda and a.dtype in _HALF:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def _add_head_gradient(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, *, add: bool) -> None:
+    """The float32 ``total_VD`` becomes, or with ``add`` grows by, ``grad_CV.T @ hidden_CD``."""
+    if grad_CV.dtype == hidden_CD.dtype == torch.bfloat16 and not grad_CV.is_cuda and hidden_CD.is_contiguous():
+        from posttrain.divergence import cpu_tiles
+
+        if cpu_tiles.is_available():
+            cpu_tiles.head_gradient(total_VD, grad_CV, hidden_CD, add=add)
+            return
+    if not add:
+        total_VD.zero_()
+    if grad_CV.is_cuda and grad_CV.dtype in _HALF:
+        torch.addmm(total_VD, grad_CV.T, hidden_CD, out_dtype=torch.float32, out=total_VD)
     else:
-        total += a @ b
+        total_VD += grad_CV.T @ hidden_CD
 
 
 def _checked_weights(weights_N: torch.Tensor | None, student_hidden_ND: torch.Tensor) -> torch.Tensor:

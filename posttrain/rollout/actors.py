@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,29 +206,45 @@ class RemoteEngine:
     """An engine in another actor, found by name, so that it may be replaced while requests wait for it.
 
     Implements ``posttrain.protocols.Completer``. Requests of one tick of the event loop travel together and
-    join the engine's batch together.
+    join the engine's batch together. One that is asked for again while it is being answered is answered once, to all:
+    a judge's questions about equal responses are equal.
     """
 
     def __init__(self, name: str, *, judge: bool = False) -> None:
         self._name, self._judge = name, judge
         self._outgoing: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._asked: dict[str, asyncio.Future[Completion]] = {}
+        self._askers: Counter[str] = Counter()
         self._forgotten: list[str] = []
         self._sending: set[asyncio.Task[None]] = set()
         self.lost = 0
         """How often an engine was gone before it had answered."""
 
     async def generate(self, request: Request) -> Completion:
+        future = self._asked.get(request.id)
+        if future is None:
+            future = self._asked[request.id] = self._ask_for(request)
+        self._askers[request.id] += 1
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if self._askers[request.id] == 1 and not future.done():
+                future.cancel()
+                with contextlib.suppress(RayError, ValueError):
+                    self._actor().cancel.remote([request.id])
+            raise
+        finally:
+            self._askers[request.id] -= 1
+            if not self._askers[request.id]:
+                del self._askers[request.id], self._asked[request.id]
+
+    def _ask_for(self, request: Request) -> asyncio.Future[Completion]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Completion] = loop.create_future()
         if not self._outgoing:
             loop.call_soon(self._send)
         self._outgoing.append((request, future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            with contextlib.suppress(RayError, ValueError):
-                self._actor().cancel.remote([request.id])
-            raise
+        return future
 
     def forget(self, prefix: str) -> None:
         if not self._forgotten:

@@ -56,10 +56,17 @@ class GroupJob:
     """Prefix of the rollout ids, unique within the run."""
     task: Task
     num_rollouts: int
+    """0 gives a group without rollouts: a place in a step that nobody takes."""
     play: Play
     seed: int
     player: str = ""
     """Who plays, where several play under the same rollout ids so as to draw the same random numbers."""
+    variants: tuple[Task, ...] = ()
+    """Forms of the task that its rollouts play in turn; none: the task itself."""
+
+    def form(self, rollout: int) -> Task:
+        """What the rollout of this index plays."""
+        return self.variants[rollout % len(self.variants)] if self.variants else self.task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +163,7 @@ class Player:
                 task.cancel()
 
     async def _play_group(self, index: int, job: GroupJob, stage: _Stage) -> tuple[int, Group]:
-        scored = await asyncio.gather(*(self._rollout(job, f"{job.id}/{i}", stage) for i in range(job.num_rollouts)))
+        scored = await asyncio.gather(*(self._rollout(job, i, stage) for i in range(job.num_rollouts)))
         rollouts = tuple(rollout for rollout, _ in scored)
         if isinstance(job.play.reward, GroupReward):
             return index, Group(
@@ -164,8 +171,9 @@ class Player:
             )
         return index, Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
 
-    async def _rollout(self, job: GroupJob, rollout_id: str, stage: _Stage) -> tuple[Rollout, Score]:
+    async def _rollout(self, job: GroupJob, index: int, stage: _Stage) -> tuple[Rollout, Score]:
         """One rollout and its score, from the record if it is there."""
+        rollout_id, task = f"{job.id}/{index}", job.form(index)
         policy = Policy(
             engine=self._engine,
             chat=self._chat,
@@ -179,7 +187,7 @@ class Player:
             self.counters.resumed_rollouts += 1
             return found
         async with stage.places:
-            rollout = await self._attempts(job, rollout_id, policy, stage)
+            rollout = await self._attempts(replace(job, task=task), rollout_id, policy, stage)
             score = await self._score(job.play.reward, rollout, stage.boxes)
         # What the machinery failed at is left out: it deserves another try when the run is resumed.
         worked = not rollout.failed and score.status in (ScoreStatus.OK, ScoreStatus.VETOED)

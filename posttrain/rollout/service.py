@@ -387,7 +387,7 @@ def _last_line(error: Exception) -> str:
 def _failed_group(job: GroupJob, reason: str, attempts: int) -> Group:
     error = f"its worker was lost {attempts} times while it was played, the last time because: {reason}"
     rollouts = tuple(
-        Rollout(id=f"{job.id}/{i}", task=job.task, turns=(), stop=StopReason.ERROR, error=error)
+        Rollout(id=f"{job.id}/{i}", task=job.form(i), turns=(), stop=StopReason.ERROR, error=error)
         for i in range(job.num_rollouts)
     )
     score = Score(value=None, status=ScoreStatus.ROLLOUT_ERROR, error=error)

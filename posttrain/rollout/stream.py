@@ -100,9 +100,9 @@ class GroupStream:
             self.paused_s += pause_s
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             probe, *others = broken
-            again = self._again([probe])
+            again = self.play_aside([probe])
             if _share([again[probe.id]]) < self.workers.breaker_threshold:
-                again |= self._again(others)
+                again |= self.play_aside(others)
             taken = [(job, again.get(job.id, group)) for job, group in taken]
         return taken
 
@@ -112,8 +112,8 @@ class GroupStream:
             return []
         return [job for job, group in taken if _share([group]) > 0]
 
-    def _again(self, jobs: Sequence[GroupJob]) -> dict[str, Group]:
-        """Play jobs once more; groups of other jobs that become complete meanwhile wait their turn."""
+    def play_aside(self, jobs: Sequence[GroupJob]) -> dict[str, Group]:
+        """Play jobs that are no part of the stream; its own groups that become complete meanwhile wait their turn."""
         self.service.submit(jobs)
         wanted = {job.id for job in jobs}
         again: dict[str, Group] = {}

@@ -16,6 +16,7 @@ from posttrain.learner.learner import Learner
 from posttrain.learner.objectives import GrpoObjective
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
+from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import (
     group_advantage_rows,
     group_metrics,
@@ -26,6 +27,7 @@ from posttrain.rollout.samples import (
 from posttrain.rollout.stream import GroupStream
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
+from posttrain.stages.judging import NO_JUDGING, Judging
 from posttrain.stages.reward_files import RewardFiles
 from posttrain.stages.session import Position, Session
 from posttrain.types import Sample, Task
@@ -41,32 +43,41 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     config = domain.grpo
     learner, position = session.open_learner(stage, start, config)
     first = position.step
+    judging = Judging(session, stage, domain_name, position.judging) if domain.judge_training is not None else None
     objective = GrpoObjective(
         config=config,
-        max_completion_tokens=domain.sampling.max_tokens * domain.environment.max_turns,
+        max_completion_tokens=_max_completion_tokens(domain),
         temperature=domain.sampling.temperature,
         reference=learner.reference if config.beta > 0 else None,
     )
     session.send_policy(learner, version=first)
-    stream = open_stream(session, stage, domain, config, position)
-    judge = JudgeSnapshots(session, learner, folder=stage.judges) if session.judged_by_policy(domain_name) else None
+    stream = open_stream(session, stage, domain, position, judging)
+    asks_policy = session.judged_by_policy(domain_name) or (judging is not None and judging.asks_policy)
+    judge = JudgeSnapshots(session, learner, folder=stage.judges) if asks_policy else None
     if judge is not None:
         judge.restore(first, start)
     files = RewardFiles(session, stage, domain_name)
     files.restore(first)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
+    state = judging.state if judging is not None else None
+    if judging is not None and first == 0:
+        with session.waiting(learner, stage, first, stream, state):
+            judging.log_start(stream)
     for step in range(first, config.max_steps):
         if judge is not None:
             judge.refresh(step)
         reloaded = files.refresh(step)
-        with session.waiting(learner, stage, step, stream):
+        with session.waiting(learner, stage, step, stream, state):
             groups = stream.take()
         with PREEMPTION.postponed():
             session.check_scored(stage, groups)
-            advantages = group_advantage_rows(groups, config, min_group_size=session.recipe.workers.min_group_size)
+            generated, judged = (groups, NO_JUDGING) if judging is None else judging.settle(groups, step, stream)
+            advantages = group_advantage_rows(generated, config, min_group_size=session.recipe.workers.min_group_size)
+            groups, advantages = [*generated, *judged.groups], [*advantages, *judged.advantages]
             oldest = step - config.max_staleness
-            metrics = group_metrics(groups) | staleness_metrics(groups, step, oldest=oldest) | reloaded
+            metrics = group_metrics(generated) | staleness_metrics(groups, step, oldest=oldest)
+            metrics |= reloaded | judged.metrics
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"
@@ -75,10 +86,12 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
             free_groups(groups)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step, advantages=advantages)
+            if judging is not None:
+                metrics |= judging.measure(step + 1, stream)
             session.metrics.log(stage.name, step + 1, metrics)
             progress.update(step + 1, metrics)
             if (step + 1) % config.save_steps == 0:
-                session.save_checkpoint(learner, stage, step + 1, stream)
+                session.save_checkpoint(learner, stage, step + 1, stream, state)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -98,24 +111,39 @@ def take_tasks(domain: Domain, seed: int, *, skip: int) -> Iterator[Task]:
     return itertools.islice(endless(), skip, None)
 
 
-def open_stream(session: Session, stage: StageDir, domain: Domain, config: GRPO, position: Position) -> GroupStream:
-    """The stage's groups from where its checkpoint left off, those that were under way then before all others."""
-    # Exactly as many as the stage will learn from, so that none is under way when it ends.
-    tasks = itertools.islice(
-        enumerate(take_tasks(domain, session.recipe.seed, skip=0)), config.max_steps * config.groups_per_step
-    )
-    begun = position.step * config.groups_per_step + len(position.pending)
-    resumed = ((number, task) for number, task in itertools.islice(tasks, begun) if number in position.pending)
-    jobs = (
-        (number, session.job(_job_id(stage, number, config), task, num_rollouts=config.num_generations))
-        for number, task in itertools.chain(resumed, tasks)
-    )
-    return session.open_stream(jobs, config.groups_per_step, config.max_staleness)
+def open_stream(
+    session: Session, stage: StageDir, domain: Domain, position: Position, judging: Judging | None = None
+) -> GroupStream:
+    """The stage's groups from where its checkpoint left off, those that were under way then before all others.
+
+    A step's generate prompts come first, the same ones and under the same ids with judge prompts and without.
+    """
+    assert domain.grpo is not None
+    config = domain.grpo
+    judged = domain.judge_training.groups_per_step if judging is not None and domain.judge_training is not None else 0
+    per_step = config.groups_per_step + judged
+    begun = position.step * per_step + len(position.pending)
+
+    def jobs() -> Iterator[tuple[int, GroupJob]]:
+        tasks = take_tasks(domain, session.recipe.seed, skip=0)
+        # Exactly as many as the stage will learn from, so that none is under way when it ends.
+        for number in range(config.max_steps * per_step):
+            step, index = divmod(number, per_step)
+            task = next(tasks) if index < config.groups_per_step else None
+            if number < begun and number not in position.pending:
+                continue
+            if task is not None:
+                job_id = f"{stage.name}/{step}/{index}"
+                yield number, session.job(job_id, task, num_rollouts=config.num_generations)
+            elif judging is not None:
+                yield number, judging.job(number, f"{stage.name}/{step}/judge-{index - config.groups_per_step}")
+
+    return session.open_stream(jobs(), per_step, config.max_staleness)
 
 
-def _job_id(stage: StageDir, number: int, config: GRPO) -> str:
-    step, index = divmod(number, config.groups_per_step)
-    return f"{stage.name}/{step}/{index}"
+def _max_completion_tokens(domain: Domain) -> int:
+    generated = domain.sampling.max_tokens * domain.environment.max_turns
+    return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:

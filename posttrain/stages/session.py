@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,12 @@ class Position:
     step: int
     pending: tuple[int, ...] = ()
     """Numbers of the jobs that were started before and not learned from."""
+    judging: Mapping[str, Any] | None = None
+    """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+
+
+StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
+"""What else a checkpoint keeps, as JSON, given the numbers of the jobs under way."""
 
 
 @dataclass(kw_only=True)
@@ -181,21 +187,28 @@ class Session:
             on_pause=self.warn,
         )
 
-    def save_checkpoint(self, learner: Learner, stage: StageDir, next_step: int, stream: GroupStream) -> None:
+    def save_checkpoint(
+        self, learner: Learner, stage: StageDir, next_step: int, stream: GroupStream, judging: StateOf | None = None
+    ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
-        learner.save_checkpoint(stage.checkpoints, {"next_step": next_step, "pending": pending})
+        place: dict[str, Any] = {"next_step": next_step, "pending": pending}
+        if judging is not None:
+            place["judging"] = judging(pending)
+        learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
 
     @contextlib.contextmanager
-    def waiting(self, learner: Learner, stage: StageDir, step: int, stream: GroupStream) -> Iterator[None]:
+    def waiting(
+        self, learner: Learner, stage: StageDir, step: int, stream: GroupStream, judging: StateOf | None = None
+    ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
             PREEMPTION.check()
             yield
         except Preempted:
-            self.save_checkpoint(learner, stage, step, stream)
+            self.save_checkpoint(learner, stage, step, stream, judging)
             raise
 
     def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, Position]:
@@ -218,7 +231,7 @@ class Session:
         )
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]))
+        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), judging=saved.get("judging"))
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
