@@ -259,6 +259,10 @@ class Reloadable(Protocol):
         """
         ...
 
+    def check_task(self, task: Task) -> None:
+        """Raise ``RecipeError`` when the texts in effect need something that this task does not have."""
+        ...
+
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         """By path, the values of fixed responses that are there to compare versions of the file with, in order."""
         ...

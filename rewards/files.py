@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from posttrain.protocols import Reloadable
+from posttrain.types import Task
 
 
 class PassesFilesOn:
@@ -30,6 +31,10 @@ class PassesFilesOn:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         changes = {field.name: _with_files(getattr(self, field.name), texts) for field in fields}
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def check_task(self, task: Task) -> None:
+        for part in self._parts():
+            part.check_task(task)
 
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         found: dict[str, tuple[float | None, ...]] = {}

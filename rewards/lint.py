@@ -65,7 +65,7 @@ def lint_text(source: str, text: str, *, fields: Sequence[str] | None = None) ->
     try:
         rubric = Rubric.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        return [_invalid(source, Mistake(syntax_line(error), "rubric", f"not valid TOML: {error}"))]
+        return [_invalid(source, Mistake(syntax_line(error, text), "rubric", f"not valid TOML: {error}"))]
     except ValidationError as error:
         return [_invalid(source, mistake) for mistake in mistakes(text, error)]
     found = []

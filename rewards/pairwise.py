@@ -24,6 +24,7 @@ from rewards.rubric import (
     EditableRubric,
     Rubric,
     RubricSource,
+    check_fields,
     fill_criterion,
     judged_text,
     texts_in_effect,
@@ -99,6 +100,9 @@ class PairwiseReward:
 
     def with_files(self, texts: Mapping[str, str]) -> PairwiseReward:
         return replace(self, rubric=with_text_of(self.rubric, texts))
+
+    def check_task(self, task: Task) -> None:
+        check_fields(self.rubric, task)
 
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         """Anchors with the same prompt are one group."""

@@ -156,6 +156,13 @@ def texts_on_disk(source: RubricSource) -> Mapping[str, str]:
     return {source.path: source.read()} if isinstance(source, EditableRubric) else {}
 
 
+def check_fields(source: RubricSource, task: Task) -> None:
+    """Raise ``RecipeError`` when the rubric needs a field that ``task.info`` lacks."""
+    rubric = source.for_task(task)
+    for criterion in rubric.criteria:
+        fill_criterion(criterion, rubric, task)
+
+
 def with_text_of(source: RubricSource, texts: Mapping[str, str]) -> RubricSource:
     """The source with the text of its path in effect, if there is one. Raises ``RecipeError``."""
     if isinstance(source, EditableRubric) and source.path in texts:
@@ -308,6 +315,9 @@ class RubricReward:
 
     def with_files(self, texts: Mapping[str, str]) -> RubricReward:
         return replace(self, rubric=with_text_of(self.rubric, texts))
+
+    def check_task(self, task: Task) -> None:
+        check_fields(self.rubric, task)
 
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         if not isinstance(self.rubric, EditableRubric):

@@ -95,10 +95,10 @@ def _toml(value: Any) -> str:
     raise ValueError(f"{value!r} is nothing that TOML can hold")
 
 
-def syntax_line(error: Exception) -> int:
-    """Line, from 1, that a TOML syntax error names; 1 where it names none."""
+def syntax_line(error: Exception, text: str) -> int:
+    """Line, from 1, that a TOML syntax error names; the last where it is the end of the document."""
     match = _SYNTAX_LINE.search(str(error))
-    return int(match[1]) if match else 1
+    return int(match[1]) if match else text.rstrip().count("\n") + 1
 
 
 def explain_errors(source: str, text: str, error: ValidationError) -> RecipeError:

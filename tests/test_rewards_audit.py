@@ -91,6 +91,7 @@ def test_exemptions_and_limits_are_kept() -> None:
     assert tried(lambda text: 1.0 if text == "Answer: 42" else 0.2, limit=0.2).faults == []
     generous = tried(lambda text: float(text in ("Answer: 42", "yes")), exempt={"yes": "it is the right answer here"})
     assert generous.faults == []
+    assert max(generous.values) == 0.0
 
 
 def test_controls_fit_their_case() -> None:

@@ -97,6 +97,7 @@ def test_mistakes_are_findings_with_their_lines() -> None:
     assert rules('[[criteria]]\nid = "a"\ntext = "x"\nweigth = 2\n') == [("invalid", 6)]
     assert rules('[[criteria]]\nid = "a"\ntext = "x"\nweight = 0\n') == [("invalid", 1)]
     assert rules("[[criteria]\n") == [("invalid", 3)]
+    assert rules('[[criteria]]\nid = "a"\nargs = [') == [("invalid", 5)]
 
 
 def test_lines_are_right_behind_a_string_that_looks_like_a_table() -> None:

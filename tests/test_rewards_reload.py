@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from posttrain.config import Domain, Model, Recipe
 from posttrain.errors import RecipeError
 from posttrain.protocols import Reloadable
+from posttrain.rollout.environments import SingleTurn
 from posttrain.runs.describe import describe
 from posttrain.runs.rundir import EventKind, StageDir
 from posttrain.stages.reward_files import RewardFiles
@@ -25,6 +27,7 @@ from rewards.math import MathReward
 from rewards.pairwise import PairwiseReward
 from rewards.reload import RubricFile
 from rewards.rubric import Rubric, RubricReward
+from tests.mini_recipe import LetterTasks
 
 ROOT = Path(__file__).parent.parent
 RECIPE = Path(__file__).parent / "reload_recipe.py"
@@ -139,6 +142,11 @@ class FakeSession:
 
     def __init__(self, reward: Any) -> None:
         self.current = reward
+        self.recipe = Recipe(
+            name="r",
+            model=Model(path="none"),
+            domains={"d": Domain(tasks=LetterTasks("d", "a"), reward=reward, environment=SingleTurn())},
+        )
         self.warnings: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.run = self.rollouts = self
@@ -211,6 +219,15 @@ def test_a_broken_edit_keeps_the_old_version_and_warns_once(path: Path) -> None:
     write(path, B)
     files.refresh(5)
     assert session.text == B
+
+
+def test_an_edit_that_needs_fields_the_tasks_lack_is_refused(path: Path) -> None:
+    session, files = start(path)
+    files.refresh(0)
+    write(path, rubric_text("{ending}"))
+    assert files.refresh(1) == {}
+    assert session.text == A
+    assert "needs the field 'ending', but task.info has none" in session.warnings[0]
 
 
 def test_an_edit_whose_anchors_cannot_be_scored_waits(path: Path) -> None:

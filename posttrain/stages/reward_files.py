@@ -6,6 +6,7 @@ with the same texts, and looks at the files again only with the first step that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ class RewardFiles:
     def refresh(self, step: int) -> dict[str, float]:
         """Take up what was edited since the last step, and return metrics of it, if any.
 
-        A file that cannot be read or used, or whose fixed responses cannot be scored, is left as it was, with a
-        warning in the report.
+        A file that cannot be read or used, needs what tasks do not have, or whose fixed responses cannot be scored, is
+        left as it was, with a warning in the report.
         """
         reward = self._session.reward(self._domain)
         if not isinstance(reward, Reloadable) or not reward.files:
@@ -84,8 +85,12 @@ class RewardFiles:
         return new, {"reloaded_files": float(len(new))} | _metrics(shifts)
 
     def _usable(self, reward: Reloadable, path: str, text: str) -> bool:
+        tasks = self._session.recipe.domains[self._domain].tasks.train(seed=self._session.recipe.seed)
         try:
-            reward.with_files({path: text})
+            edited = reward.with_files({path: text})
+            for task in itertools.islice(tasks, 1):
+                # Otherwise every rollout would fail, and go on failing when the run is resumed.
+                edited.check_task(task)
         except RecipeError as error:
             self._refuse({path: text}, str(error))
             return False
