@@ -170,8 +170,8 @@ def _unchecked(rows: Sequence[GoldenRow], right: Sequence[Sequence[float]]) -> f
     return float(np.mean([each for row, each in zip(rows, right, strict=True) if row.criterion in names]))
 
 
-def metrics_of(found: Mapping[str, Any]) -> list[Metric]:
-    """The table's lines for one seed."""
+def metrics_of(found: Mapping[str, Any], *, quick: bool) -> list[Metric]:
+    """The table's lines for one seed. In the quick form the judge has to rise, not yet beyond the start's interval."""
     seed, judge, reward = found["seed"], found["judge"], found["reward"]
     lines = [
         Metric(f"{name}_judge_{measure}/{seed}", judge[name][measure], "", "")
@@ -183,7 +183,7 @@ def metrics_of(found: Mapping[str, Any]) -> list[Metric]:
     return [
         *lines,
         Metric(f"judge_gain_low/{seed}", found["judge_gain"][1], "accuracy", ">= 0"),
-        Metric(f"judge_interval_above_start/{seed}", rises, "accuracy", ">= 0"),
+        Metric(f"judge_interval_above_start/{seed}", rises, "accuracy", "" if quick else ">= 0"),
         Metric(f"reward_over_control/{seed}", found["reward_over_control"][0], "", ""),
         Metric(f"reward_over_control_low/{seed}", found["reward_over_control"][1], "", f">= {-MARGIN}"),
         Metric(f"joint_bias/{seed}", abs(judge["joint"]["bias"]), "mean score", f"<= {MAX_BIAS}"),
@@ -247,14 +247,14 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     settings = QUICK if options.quick else {}
-    num_tasks, num_rows = (50, 80) if options.quick else (200, 2 * NUM_FROZEN)
+    num_tasks, num_rows = (40, 80) if options.quick else (200, 2 * NUM_FROZEN)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.runs or Path(scratch)
         found = [
             compare(folder, int(seed), num_tasks=num_tasks, num_rows=num_rows, settings=settings)
             for seed in options.seeds.split(",")
         ]
-    metrics = [metric for each in found for metric in metrics_of(each)]
+    metrics = [metric for each in found for metric in metrics_of(each, quick=options.quick)]
     report("joint judge", metrics, options.json, seeds=found)
 
 

@@ -59,6 +59,8 @@ class Trial:
     seconds: float
     fault: str = ""
     """Why it fails the audit; empty when it does not."""
+    exempt: bool = False
+    """Whether it may be paid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +77,8 @@ class Report:
 
     @property
     def values(self) -> list[float]:
-        """What the controls earned, where they were scored."""
-        return [t.value for t in self.trials if t.control != REFERENCE and t.value is not None]
+        """What the controls earned, where they were scored and are not exempt."""
+        return [t.value for t in self.trials if t.control != REFERENCE and not t.exempt and t.value is not None]
 
     @property
     def reference(self) -> float | None:
@@ -122,7 +124,14 @@ async def _try(audited: Audited, case: Case, control: str, text: str, substrate:
     fault = fault or _payment_fault(audited, control, value)
     if not fault and seconds > audited.deadline_s:
         fault = f"took {seconds:.1f} s, above the deadline of {audited.deadline_s:g} s"
-    return Trial(control=control, task_id=case.task.id, value=value, seconds=seconds, fault=fault)
+    return Trial(
+        control=control,
+        task_id=case.task.id,
+        value=value,
+        seconds=seconds,
+        fault=fault,
+        exempt=control in audited.exempt,
+    )
 
 
 def _payment_fault(audited: Audited, control: str, value: float | None) -> str:

@@ -134,6 +134,8 @@ async def judge_all(
     """
     rubric, dialect = reward.rubric, reward.dialect
     assert isinstance(rubric, Rubric)
+    # Before anything is paid for.
+    criteria = [{name: _criterion(rubric, row, name) for name in row.labels} for row in golden]
     orders = [dialect] * (2 if swap else 1)
     if swap and isinstance(dialect, JsonDialect):
         orders = [replace(dialect, order="given"), replace(dialect, order="reversed")]
@@ -150,8 +152,7 @@ async def judge_all(
     judged = []
     for i, row in enumerate(golden):
         first, last = given[i * len(orders)], given[i * len(orders) + len(orders) - 1]
-        for name in row.labels:
-            criterion = _criterion(rubric, name)
+        for name, criterion in criteria[i].items():
             again = last.get(name, UNREADABLE) if swap else UNREADABLE
             judged.append(_Judged(row, criterion, first.get(name, UNREADABLE), again))
     return judged
@@ -165,13 +166,18 @@ async def _verdicts(reward: RubricReward, rollout: Rollout) -> Mapping[str, str]
     return {judgment.criterion: judgment.verdict for judgment in judgments}
 
 
-def _criterion(rubric: Rubric, name: str) -> Criterion:
+def _criterion(rubric: Rubric, row: Golden, name: str) -> Criterion:
+    """The criterion that a row has a label for. ``RecipeError`` when the rubric has none, or not this label."""
     found = next((c for c in rubric.criteria if c.id == name and c.kind == "judge"), None)
     if found is None:
         known = ", ".join(c.id for c in rubric.criteria if c.kind == "judge")
         raise RecipeError(
-            f"rubric {rubric.id!r} has no judge criterion {name!r}, which rows have labels for; its own are {known}; "
-            "give the rubric that the labels are about"
+            f"row {row.rollout.id}: rubric {rubric.id!r} has no judge criterion {name!r}; its own are {known}; give "
+            "the rubric that the labels are about"
+        )
+    if row.labels[name] not in found.labels:
+        raise RecipeError(
+            f"row {row.rollout.id}: label {row.labels[name]!r} of {name!r}; expected one of {', '.join(found.labels)}"
         )
     return found
 
@@ -274,7 +280,7 @@ def known_verdicts(rubric: Rubric, golden: Sequence[Golden]) -> KnownVerdicts:
     for row in golden:
         task = "\n".join(message["content"] for message in row.rollout.task.prompt)
         for name, label in row.labels.items():
-            criterion = fill_criterion(_criterion(rubric, name), rubric, row.rollout.task)
+            criterion = fill_criterion(_criterion(rubric, row, name), rubric, row.rollout.task)
             verdicts[KnownVerdicts.case(criterion.claim, judged_text(row.rollout.text), task)] = label
     return KnownVerdicts(verdicts)
 

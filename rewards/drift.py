@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from posttrain.errors import RecipeError
 from posttrain.types import Group, JudgeTask, Score
+from rewards.agreement import kappa
 from rewards.checks import words
 from rewards.joint import GoldenRow, PreferencePair, golden_task, pair_task
 from rewards.judge import Dialect, LineDialect
@@ -130,11 +131,11 @@ def cohen_kappa(verdicts_NK: FloatArray, truth_N: FloatArray) -> float:
 
     NaN when both sides give one and the same answer throughout: agreement by chance is then certain.
     """
-    given = np.nan_to_num(verdicts_NK, nan=2.0).ravel()
-    truth = np.repeat(truth_N, verdicts_NK.shape[1])
-    observed = float((given == truth).mean())
-    expected = sum(float((given == answer).mean() * (truth == answer).mean()) for answer in (0.0, 1.0))
-    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
+    given = np.nan_to_num(verdicts_NK, nan=2.0).ravel().astype(int)
+    truth = np.repeat(truth_N, verdicts_NK.shape[1]).astype(int)
+    table = np.zeros((3, 3))
+    np.add.at(table, (truth, given), 1)
+    return kappa(table)
 
 
 def self_preference(scores_N: FloatArray, truth_N: FloatArray, own_N: npt.NDArray[np.bool_]) -> float:

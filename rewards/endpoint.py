@@ -52,9 +52,9 @@ class Limits:
     """Of one question, with its retries and their pauses, not counting waits for a place, a rate or the circuit."""
     max_retries: int = 4
     """Further requests after failures that may pass."""
-    max_pause_s: float = 600.0
-    """How long a question waits for an endpoint that is down or asks for patience. The rollout worker's
-    ``reward_deadline_s`` counts on meanwhile: set it higher than this."""
+    max_pause_s: float = 240.0
+    """How long a question waits for an endpoint that is down or asks for patience; longer outages leave rollouts
+    unscored. ``Workers.reward_deadline_s``, 300 s, goes on meanwhile: raise both together."""
     breaker_failures: int = 8
     """So many failures in a row, and all questions wait."""
     cooldown_s: float = 1.0

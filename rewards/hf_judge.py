@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,22 +84,29 @@ def _likelier(judge: HFJudge, messages: Sequence[Message]) -> str:
         if judge not in _MODELS:
             _MODELS[judge] = _model(judge)
         model, chat = _MODELS[judge]
-        asked = chat.render(messages, generation_prompt=True)
         nonce = content.split()[1]
         replies = [f'"" {nonce} {label}' for label in (UNMET, MET)]
         with torch.inference_mode():
-            scores = [_logprob(model, chat, asked, reply) for reply in replies]
+            scores = _logprobs(model, chat, chat.render(messages, generation_prompt=True), replies)
     return max(zip(scores, replies, strict=True))[1]
 
 
-def _logprob(model: PreTrainedModel, chat: ChatFormat, asked: str, reply: str) -> float:
-    """Of a reply and the end of its turn, in nats."""
+def _logprobs(model: PreTrainedModel, chat: ChatFormat, asked: str, replies: Sequence[str]) -> list[float]:
+    """Of each reply and the end of its turn, in nats. The question is computed once."""
     import torch
 
     start = len(chat.encode(asked))
-    ids = torch.as_tensor([*chat.encode(asked + reply), chat.stop_ids[0]], dtype=torch.long, device=model.device)
-    logits = model(ids[None]).logits[0, start - 1 : -1].float()
-    return float(logits.log_softmax(-1).gather(1, ids[start:, None]).sum())
+    rows = [
+        torch.as_tensor([*chat.encode(asked + reply), chat.stop_ids[0]], dtype=torch.long, device=model.device)
+        for reply in replies
+    ]
+    shared = model(rows[0][None, : start - 1], use_cache=True).past_key_values
+    scores = []
+    for ids in rows:
+        cache = copy.deepcopy(shared)
+        logits = model(ids[None, start - 1 :], past_key_values=cache, use_cache=True).logits[0, :-1].float()
+        scores.append(float(logits.log_softmax(-1).gather(1, ids[start:, None]).sum()))
+    return scores
 
 
 def _load(judge: HFJudge) -> EngineAsk:

@@ -30,6 +30,9 @@ _FACTORIAL = re.compile(r"[0-9]{4,}[\s)}]*!|![\s)}]*!")
 _EQUALS = re.compile(r"(?<![<>!:=~\\])=(?!=)")
 _NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?")
 _MAX_SIDES = 4
+_RELATION = re.compile(r"[<>\u2264\u2265]|\\(?:[lg]eq?|[lg]t|[lg]eqslant)(?![A-Za-z])")
+_SET = re.compile(r"\s*(?:\\left)?\\\{")
+_INTERVAL = re.compile(r"\s*(?:\\left)?[(\[].*,.*[)\]]\s*", re.DOTALL)
 _COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}|\\[A-Za-z]+")
 _WORD_RUN = re.compile(r"[^\W\d_]{2,}")
 _MATH = re.compile(r"[0-9=+*/^_<>|()\[\]-]|\\[A-Za-z]+")
@@ -83,6 +86,8 @@ class MathReward:
         return score
 
     def _compare(self, found: str, expected: str, task_id: str) -> Score:
+        if not may_be_same(expected, found):
+            return Score(value=0.0, explanation=f"The answer {found[:80]!r} is another kind of thing.")
         pool = shared_pool("math", self.limits)
         verdict = pool.check({"gold": bare(expected), "answer": bare(found)})
         # Whose fault is it? A reference that cannot be told from 1 in time can be told from nothing.
@@ -101,6 +106,16 @@ def is_formula(text: str) -> bool:
     if _WORD_RUN.search(_COMMAND.sub(lambda command: command[1] or "", plain)) and not _MATH.search(rest):
         return False
     return bool(_MATH.search(plain)) or len(rest.strip()) == 1
+
+
+def may_be_same(expected: str, found: str) -> bool:
+    """Whether two formulas are of kinds that can be equal. Math-verify takes the set {1, 2} for the point (1, 2), and a
+    list of the ends for an inequality."""
+    gold, answer = bare(expected), bare(found)
+    if _RELATION.search(gold):
+        return bool(_RELATION.search(answer) or _INTERVAL.fullmatch(answer))
+    pair = (gold, answer) if _SET.match(gold) else (answer, gold)
+    return not (_SET.match(pair[0]) and _INTERVAL.fullmatch(pair[1]))
 
 
 def sides(found: str, expected: str) -> list[str]:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import importlib
 import json
+import pkgutil
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rewards
 from posttrain.errors import RecipeError
 from posttrain.types import Task
 from rewards.audit import REFERENCE, Audited, Report, audit, read_cases, table
 from rewards.cli import main
 from rewards.controls import CONTROLS, Case, controls_for
 from rewards.functions import from_function, load_object
+from rewards.math import MathReward
 from rewards.shipped import SHIPPED
 from sandbox.function import Function
 from sandbox.pool import close_pools
@@ -91,6 +97,7 @@ def test_exemptions_and_limits_are_kept() -> None:
     assert tried(lambda text: 1.0 if text == "Answer: 42" else 0.2, limit=0.2).faults == []
     generous = tried(lambda text: float(text in ("Answer: 42", "yes")), exempt={"yes": "it is the right answer here"})
     assert generous.faults == []
+    assert max(generous.values) == 0.0
 
 
 def test_controls_fit_their_case() -> None:
@@ -182,3 +189,28 @@ def test_table_lines_up() -> None:
     assert len(head) == len(line)
     assert line.startswith("own")
     assert line.endswith("1")
+
+
+def parts_of(value: Any) -> Iterator[type]:
+    """The classes of a reward and of all that it is made of."""
+    if isinstance(value, Mapping):
+        for part in value.values():
+            yield from parts_of(part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield type(value)
+        for each in dataclasses.fields(value):
+            yield from parts_of(getattr(value, each.name))
+
+
+def test_no_reward_of_ours_is_left_out() -> None:
+    modules = [importlib.import_module(f"rewards.{info.name}") for info in pkgutil.iter_modules(rewards.__path__)
+               if info.name != "worker_process"]  # fmt: skip
+    ours = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and kind.__module__ == module.__name__
+        and (callable(getattr(kind, "score", None)) or callable(getattr(kind, "score_group", None)))
+    }  # fmt: skip
+    assert MathReward in ours
+    assert ours - {part for make in SHIPPED.values() for part in parts_of(make().reward)} == set()

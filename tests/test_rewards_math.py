@@ -131,6 +131,13 @@ def test_only_what_follows_the_thinking_counts(text: str, seen: str) -> None:
         (r"f(x) = \sqrt{8} = 2\sqrt{2}", r"\sqrt{8}", True),
         (r"y = 2x + 1", "y = 1 + 2x", True),
         (r"x = 1 = 2 = 3 = 4 = 5", "5", False),
+        # The reference goes first: the other way round this is not equal to math-verify.
+        (r"(5, \infty)", "x > 5", True),
+        (r"1, 2", "1 < x < 2", False),
+        (r"\{1, 2\}", "1 < x < 2", False),
+        (r"\{1, 2\}", "(1, 2)", False),
+        (r"(1, 2)", r"\{1, 2\}", False),
+        (r"1, 2", r"\{1, 2\}", True),
         (r"=", "5", False),
         (r"(0, 1)", "(0,1)", True),
         (r"[0, 1]", "(0,1)", False),

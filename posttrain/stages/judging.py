@@ -337,7 +337,11 @@ def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
         counts["all_wrong"] += bool(earned) and max(earned) <= 0.0
         counts["unscored"] += len(group.scores) - len(earned)
         source = group.task.info.get("source", "unknown")
-        for name in ("reward", f"reward_{source}", f"reward_{group.task.answer}"):
+        names = ["reward", f"reward_{source}"]
+        if source != "pair":
+            # The answer to a pair depends on its order.
+            names.append(f"reward_{group.task.answer}")
+        for name in names:
             values.setdefault(name, []).extend(earned)
         flags = [float("unreadable" in score.flags) for score in group.scores]
         values.setdefault("unreadable", []).extend(flags)
