@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from posttrain.config import Domain, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import PolicyJudged, Reward, Teacher
+from posttrain.protocols import Reward, Teacher, asks_policy
 from posttrain.types import Task
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
 def _asks_policy(domain: Domain) -> bool:
     judging = domain.judge_training
-    return isinstance(domain.reward, PolicyJudged) or (judging is not None and isinstance(judging.reward, PolicyJudged))
+    return asks_policy(domain.reward) or (judging is not None and asks_policy(judging.reward))
 
 
 def check_disk(path: Path, *, needed_bytes: int) -> None:

@@ -236,6 +236,12 @@ class PolicyJudged(Protocol):
         ...
 
 
+def asks_policy(reward: object) -> bool:
+    """Whether a policy snapshot is to be lent to a reward: it takes one, and does not say, by an attribute
+    ``asks_policy``, that it has no use for it."""
+    return isinstance(reward, PolicyJudged) and bool(getattr(reward, "asks_policy", True))
+
+
 @runtime_checkable
 class Reloadable(Protocol):
     """A reward made from files that may be edited while a run uses it: an edit takes effect between two steps.

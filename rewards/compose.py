@@ -10,13 +10,13 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Ask, GroupReward, PolicyJudged, Reward, Sandbox
+from posttrain.protocols import GroupReward, Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score, ScoreStatus
-from rewards.files import PassesFilesOn
+from rewards.composite import Composite
 
 
 @dataclass(frozen=True, slots=True)
-class WeightedSum(PassesFilesOn):
+class WeightedSum(Composite):
     """Sum of weight times value over named rewards, scored at the same time.
 
     A reward of weight 0 is only reported, so it may fail to give a value. At most one reward may need a sandbox,
@@ -38,10 +38,6 @@ class WeightedSum(PassesFilesOn):
     def sandbox(self) -> SandboxSpec | None:
         return _one_sandbox(self.rewards.values())
 
-    def with_policy(self, ask: Ask) -> WeightedSum:
-        """The same sum, with this policy as judge wherever a part is judged by the policy."""
-        return replace(self, rewards={name: _lend(reward, ask) for name, reward in self.rewards.items()})
-
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         answers = await asyncio.gather(*(_score(reward, rollout, sandbox) for reward in self.rewards.values()))
         scores = dict(zip(self.rewards, answers, strict=True))
@@ -61,7 +57,7 @@ class WeightedSum(PassesFilesOn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gate(PassesFilesOn):
+class Gate(Composite):
     """A reward that counts only when another one, the condition, reaches a threshold; below it the value is ``floor``.
 
     The condition goes first, so a failed one saves the cost of the reward behind it.
@@ -79,10 +75,6 @@ class Gate(PassesFilesOn):
     def sandbox(self) -> SandboxSpec | None:
         return _one_sandbox((self.condition, self.reward))
 
-    def with_policy(self, ask: Ask) -> Gate:
-        """The same gate, with this policy as judge on both sides."""
-        return replace(self, condition=_lend(self.condition, ask), reward=_lend(self.reward, ask))
-
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         condition = await _score(self.condition, rollout, sandbox)
         alone = _merge({"condition": condition})
@@ -96,7 +88,7 @@ class Gate(PassesFilesOn):
 
 
 @dataclass(frozen=True, slots=True)
-class Product(PassesFilesOn):
+class Product(Composite):
     """Product of named rewards, such as tests times a rubric on style: what fails the tests earns nothing for style.
 
     In the order given, and the first 0 ends it, so a failed test saves the judge's cost. Values below 0 are refused,
@@ -113,10 +105,6 @@ class Product(PassesFilesOn):
     @property
     def sandbox(self) -> SandboxSpec | None:
         return _one_sandbox(self.rewards.values())
-
-    def with_policy(self, ask: Ask) -> Product:
-        """The same product, with this policy as judge wherever a part is judged by the policy."""
-        return replace(self, rewards={name: _lend(reward, ask) for name, reward in self.rewards.items()})
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         scores: dict[str, Score] = {}
@@ -137,7 +125,7 @@ class Product(PassesFilesOn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cap(PassesFilesOn):
+class Cap(Composite):
     """A reward held within ``low`` and ``high``; None stays None. The part ``uncapped`` keeps what it was."""
 
     reward: Reward
@@ -152,10 +140,6 @@ class Cap(PassesFilesOn):
     def sandbox(self) -> SandboxSpec | None:
         return _spec(self.reward)
 
-    def with_policy(self, ask: Ask) -> Cap:
-        """The same cap, with this policy as judge where the reward is judged by the policy."""
-        return replace(self, reward=_lend(self.reward, ask))
-
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         score = await _score(self.reward, rollout, sandbox)
         if score.value is None:
@@ -165,7 +149,7 @@ class Cap(PassesFilesOn):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSum(PassesFilesOn):
+class GroupSum(Composite):
     """A ``GroupReward`` that adds rewards of both kinds over the rollouts of one task.
 
     ``sum_then_normalize`` is the plain weighted sum, which the trainer then centres; ``normalize_then_sum`` brings
@@ -190,11 +174,6 @@ class GroupSum(PassesFilesOn):
                 f"GroupSum: reward {boxed[0]!r} needs a sandbox, which only rewards of single rollouts are lent; use "
                 "WeightedSum"
             )
-
-    def with_policy(self, ask: Ask) -> GroupSum:
-        """The same sum, with this policy as judge wherever a part is judged by the policy."""
-        lent = {n: r.with_policy(ask) if isinstance(r, PolicyJudged) else r for n, r in self.rewards.items()}
-        return replace(self, rewards=lent)
 
     async def score_group(self, rollouts: Sequence[Rollout]) -> Sequence[Score]:
         columns = await asyncio.gather(*(_score_all(reward, rollouts) for reward in self.rewards.values()))
@@ -229,10 +208,6 @@ async def _score_all(reward: Reward | GroupReward, rollouts: Sequence[Rollout]) 
 async def _score(reward: Reward, rollout: Rollout, sandbox: Sandbox | None) -> Score:
     """The box goes to the part that asked for it."""
     return await reward.score(rollout, sandbox if _spec(reward) is not None else None)
-
-
-def _lend(reward: Reward, ask: Ask) -> Reward:
-    return reward.with_policy(ask) if isinstance(reward, PolicyJudged) else reward
 
 
 def _spec(reward: Reward) -> SandboxSpec | None:

@@ -235,6 +235,10 @@ class MetaVerdictReward(VerdictReward):
     max_retries: int = 2
     temperature: float = 0.5
 
+    @property
+    def asks_policy(self) -> bool:
+        return self.judge is None
+
     def with_policy(self, ask: Ask) -> MetaVerdictReward:
         return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
 

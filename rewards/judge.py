@@ -24,6 +24,8 @@ MET, UNMET, CANNOT_ASSESS = "met", "unmet", "cannot_assess"
 
 T = TypeVar("T")
 
+_MOST_CHARS = 1 << 16
+"""A reply that is longer is not read: looking for objects in a nest of openings takes time by its square."""
 _LINE_REPLY = re.compile(r'"(?P<evidence>.*)" (?P<nonce>[0-9a-f]{4}) (?P<label>met|unmet)')
 
 
@@ -292,7 +294,9 @@ def _read_verdicts(
 
 
 def _json_objects(text: str) -> list[dict[str, Any]]:
-    """All balanced JSON objects of a text that are not inside another one, in order."""
+    """All balanced JSON objects of a text that are not inside another one, in order; none in one beyond all measure."""
+    if len(text) > _MOST_CHARS:
+        return []
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constants)
     objects: list[dict[str, Any]] = []
     position = text.find("{")

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Ask, PolicyJudged, Reward, Sandbox
+from posttrain.protocols import Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score
-from rewards.files import PassesFilesOn
+from rewards.composite import Composite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class OverlongPenalty:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CosineLength(PassesFilesOn):
+class CosineLength(Composite):
     """The cosine length reward (arXiv 2502.03373): short right answers earn more than long ones, long wrong answers
     lose less than short ones, along half a cosine from 0 to ``max_tokens``; ``exceeded`` beyond.
 
@@ -61,10 +61,6 @@ class CosineLength(PassesFilesOn):
     def sandbox(self) -> SandboxSpec | None:
         spec = getattr(self.reward, "sandbox", None)  # optional by the Reward protocol
         return spec if isinstance(spec, SandboxSpec) else None
-
-    def with_policy(self, ask: Ask) -> CosineLength:
-        """The same, with this policy as judge where the reward is judged by the policy."""
-        return replace(self, reward=self.reward.with_policy(ask)) if isinstance(self.reward, PolicyJudged) else self
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
         score = await self.reward.score(rollout, sandbox)

@@ -10,26 +10,23 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.errors import RecipeError, UnreadableReply
-from posttrain.protocols import Ask, Judge
+from posttrain.protocols import Judge
 from posttrain.types import Judgment, Message, Rollout, Score, ScoreStatus, Task
 from rewards.checks import words
 from rewards.holistic import guide
-from rewards.judge import CANNOT_ASSESS, PolicyJudge, derive_nonce, one_line, parse_json_reply
+from rewards.judge import CANNOT_ASSESS, derive_nonce, one_line, parse_json_reply
 from rewards.rubric import (
     UNREADABLE,
     EditableRubric,
+    JudgedByRubric,
     Rubric,
     RubricSource,
-    check_fields,
     fill_criterion,
     judged_text,
-    texts_in_effect,
-    texts_on_disk,
-    with_text_of,
 )
 from rewards.untrusted import judge_view, visible
 
@@ -60,7 +57,7 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairwiseReward:
+class PairwiseReward(JudgedByRubric):
     """A ``GroupReward`` that has a judge compare the rollouts of a group by a rubric.
 
     The value is in [0, 1]: the share of its matches that a response won, or its Bradley-Terry probability of beating
@@ -85,24 +82,6 @@ class PairwiseReward:
             raise RecipeError(f"PairwiseReward: value = {self.value!r}; expected win_rate or bradley_terry")
         if self.opponents is not None and self.opponents < 1:
             raise RecipeError(f"PairwiseReward: opponents = {self.opponents}; expected a number >= 1, or None for all")
-
-    def with_policy(self, ask: Ask) -> PairwiseReward:
-        """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
-        return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """See ``posttrain.protocols.Reloadable``."""
-        return texts_in_effect(self.rubric)
-
-    def read_files(self) -> Mapping[str, str]:
-        return texts_on_disk(self.rubric)
-
-    def with_files(self, texts: Mapping[str, str]) -> PairwiseReward:
-        return replace(self, rubric=with_text_of(self.rubric, texts))
-
-    def check_task(self, task: Task) -> None:
-        check_fields(self.rubric, task)
 
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         """Anchors with the same prompt are one group."""

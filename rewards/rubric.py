@@ -250,8 +250,38 @@ class _Case:
         )
 
 
+class JudgedByRubric:
+    """What rewards share whose judge goes by a rubric: they are ``PolicyJudged`` and ``Reloadable``."""
+
+    __slots__ = ()
+    rubric: RubricSource
+    judge: Judge | None
+    temperature: float
+
+    @property
+    def asks_policy(self) -> bool:
+        return self.judge is None
+
+    def with_policy(self, ask: Ask) -> Self:
+        """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
+        return replace(self, judge=PolicyJudge(ask, self.temperature)) if self.asks_policy else self  # type: ignore[type-var]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return texts_in_effect(self.rubric)
+
+    def read_files(self) -> Mapping[str, str]:
+        return texts_on_disk(self.rubric)
+
+    def with_files(self, texts: Mapping[str, str]) -> Self:
+        return replace(self, rubric=with_text_of(self.rubric, texts))  # type: ignore[type-var]
+
+    def check_task(self, task: Task) -> None:
+        check_fields(self.rubric, task)
+
+
 @dataclass(frozen=True, slots=True)
-class RubricReward:
+class RubricReward(JudgedByRubric):
     """Scores a response by a rubric, with a judge asked in one of three ways, all questions and votes at once.
 
     A vote that stays unreadable after the retries is left out. A criterion that matters (a weight above 0, or a veto)
@@ -300,24 +330,6 @@ class RubricReward:
                 f"rubric {rubric.id!r}: criteria {', '.join(graded)} have choices, which the line dialect cannot "
                 "express; use JsonDialect() or drop the choices"
             )
-
-    def with_policy(self, ask: Ask) -> RubricReward:
-        """The same reward with this policy as its judge; unchanged when it has a judge of its own."""
-        return self if self.judge is not None else replace(self, judge=PolicyJudge(ask, self.temperature))
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """See ``posttrain.protocols.Reloadable``."""
-        return texts_in_effect(self.rubric)
-
-    def read_files(self) -> Mapping[str, str]:
-        return texts_on_disk(self.rubric)
-
-    def with_files(self, texts: Mapping[str, str]) -> RubricReward:
-        return replace(self, rubric=with_text_of(self.rubric, texts))
-
-    def check_task(self, task: Task) -> None:
-        check_fields(self.rubric, task)
 
     async def score_anchors(self) -> Mapping[str, tuple[float | None, ...]]:
         if not isinstance(self.rubric, EditableRubric):

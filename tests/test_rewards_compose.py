@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from posttrain.config import GRPO
 from posttrain.errors import JudgeError, RecipeError
 from posttrain.learner.advantages import group_advantages
-from posttrain.protocols import Ask, GroupReward, Sandbox
+from posttrain.protocols import Ask, GroupReward, Sandbox, asks_policy
 from posttrain.rollout.samples import group_advantage_rows, grpo_samples, reward_metrics
 from posttrain.types import Group, Rollout, SandboxSpec, Score, ScoreStatus, StopReason, Task
 from rewards.adapters import from_trl
 from rewards.compose import Cap, Gate, GroupSum, Product, WeightedSum
 from rewards.controls import Case
 from rewards.functions import from_function, from_verifiers, from_verl
+from rewards.rubric import Rubric, RubricReward
 
 ROLLOUT = Rollout(id="r", task=Task(id="t", domain="d", prompt=()), turns=(), stop=StopReason.FINISHED)
 BOX: Any = object()
@@ -295,3 +296,11 @@ def test_a_group_nobody_could_score_is_no_group_without_deviation() -> None:
     groups = [Group(task=task, rollouts=(ROLLOUT,) * 2, scores=scores) for scores in ((silent, silent), scored)]
     assert reward_metrics(groups)["frac_reward_zero_std"] == 0.0
     assert reward_metrics(groups)["unscored"] == 2.0
+
+
+def test_only_what_asks_the_policy_is_lent_it():
+    own = WeightedSum({"own": RubricReward(Rubric.load("one_line"), judge=cast(Any, object()))}, {"own": 1.0})
+    assert not asks_policy(WeightedSum({"fixed": Fixed(1.0)}, {"fixed": 1.0}))
+    assert not asks_policy(own)
+    assert asks_policy(Gate(condition=Fixed(1.0), reward=Cap(reward=RubricReward(Rubric.load("one_line")), high=1.0)))
+    assert asks_policy(Judged())

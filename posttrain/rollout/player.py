@@ -15,7 +15,16 @@ from typing import Any, TypeVar, cast
 from posttrain.config import Workers
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, UnreadableReply
-from posttrain.protocols import Completer, Environment, GroupReward, PolicyJudged, Reloadable, Reward, Substrate
+from posttrain.protocols import (
+    Completer,
+    Environment,
+    GroupReward,
+    PolicyJudged,
+    Reloadable,
+    Reward,
+    Substrate,
+    asks_policy,
+)
 from posttrain.rollout.episode import Boxes, EpisodeClock, Policy, checked, run_rollout, score_rollout, unscored
 from posttrain.rollout.outcomes import Outcomes
 from posttrain.types import (
@@ -280,7 +289,7 @@ class Player:
 
     def _with_judge(self, reward: R) -> R:
         """The same reward; one that is judged by the policy with the snapshot. ``JudgeError`` when there is none."""
-        if not isinstance(reward, PolicyJudged):
+        if not (isinstance(reward, PolicyJudged) and asks_policy(reward)):
             return reward
         if self._ask is None:
             raise JudgeError("the reward wants the policy as judge; none was loaded")

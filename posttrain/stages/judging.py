@@ -22,7 +22,7 @@ import numpy as np
 
 from posttrain.config import JudgeTraining
 from posttrain.errors import RecipeError
-from posttrain.protocols import PolicyJudged
+from posttrain.protocols import asks_policy
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play
@@ -77,7 +77,7 @@ class Judging:
     @property
     def asks_policy(self) -> bool:
         """Whether the reward of a judge reply asks the policy in its turn."""
-        return isinstance(self._config.reward, PolicyJudged)
+        return asks_policy(self._config.reward)
 
     def job(self, number: int, job_id: str) -> GroupJob:
         """The judge prompt of a place in a step; the same one when it was drawn before the run was interrupted."""

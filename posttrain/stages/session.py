@@ -17,7 +17,7 @@ from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.learner import Learner
 from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import GroupReward, KeepsBoxes, PolicyJudged, Reward
+from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.rollout.stream import GroupStream
 from posttrain.runs.metrics import MetricsLog
@@ -172,7 +172,7 @@ class Session:
 
     def judged_by_policy(self, domain: str) -> bool:
         """Whether this domain's reward asks the policy itself."""
-        return isinstance(self.recipe.domains[domain].reward, PolicyJudged)
+        return asks_policy(self.recipe.domains[domain].reward)
 
     def open_stream(
         self, jobs: Iterator[tuple[int, GroupJob]], groups_per_step: int, max_staleness: int
