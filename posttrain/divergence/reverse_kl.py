@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _HALF = (torch.bfloat16, torch.float16)
 _CPU_TILE_BYTES, _GPU_TILE_BYTES = 2**28, 2**30
 _MIN_CHUNK = 64
+_SCALED_ENTRIES = 1 << 20
 
 
 def reverse_kl_sum(
@@ -190,7 +191,7 @@ class _ReverseKLSum(torch.autograd.Function):
         hidden_ND, head_VD = ctx.saved_tensors
         return (
             None if hidden_ND is None else hidden_ND * grad_loss.to(hidden_ND.dtype),
-            None if head_VD is None else torch.mul(head_VD, grad_loss, out=head_VD.new_empty(0, dtype=ctx.head_dtype)),
+            None if head_VD is None else _scaled(head_VD, grad_loss, ctx.head_dtype),
             None,
             None,
             None,
@@ -302,6 +303,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.dtype in _HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def _scaled(matrix: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``matrix * factor`` in ``dtype``, a few rows at a time: PyTorch would make the whole product in float32 first."""
+    scaled = torch.empty_like(matrix, dtype=dtype)
+    rows = max(1, _SCALED_ENTRIES // matrix.shape[1])
+    for source, target in zip(matrix.split(rows), scaled.split(rows), strict=True):
+        torch.mul(source, factor, out=target)
+    return scaled
 
 
 def _add_head_gradient(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, *, add: bool) -> None:
