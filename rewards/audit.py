@@ -306,6 +306,12 @@ def _chosen(arguments: argparse.Namespace) -> Sequence[Audited]:
     return [build() for build in builders]
 
 
+_FIELDS: Mapping[str, frozenset[str]] = {
+    "solve_humaneval": frozenset({"task_id", "prompt", "entry_point", "test", "canonical_solution"}),
+    "solve_mbpp": frozenset({"task_id", "text", "code", "test_list"}),
+}
+
+
 async def _references(arguments: argparse.Namespace, substrate: Substrate | None) -> bool:
     """Whether in the files given every reference solution passes and no hack does; prints how many do."""
     from rewards.code_tests import solve_humaneval, solve_mbpp
@@ -315,7 +321,12 @@ async def _references(arguments: argparse.Namespace, substrate: Substrate | None
         if path is None:
             continue
         assert substrate is not None
-        rows = [row for _, row in read_jsonl(path)]
+        rows = []
+        for number, row in read_jsonl(path):
+            missing = sorted(_FIELDS[solve.__name__] - row.keys())
+            if missing:
+                raise RecipeError(f"{path}:{number}: no field {missing[0]!r}")
+            rows.append(row)
         solutions, hacks = await solve(rows, substrate)
         failed = {name: score for name, score in solutions.items() if score.value != 1.0}
         paid = {name: score for name, score in hacks.items() if score.value != 0.0}

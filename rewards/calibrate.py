@@ -324,6 +324,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     rubric = Rubric.load(arguments.rubric)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise RecipeError(f"--limit {arguments.limit}: expected at least 1 row")
     golden = read_golden(arguments.golden, split=arguments.split)
     if arguments.limit is not None:
         golden = draw(golden, arguments.limit, arguments.seed)

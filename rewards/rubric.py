@@ -480,7 +480,15 @@ def _judgment(criterion: Criterion, verdict: Verdict | None, response: str, repl
 
 def _checked(criterion: Criterion, response: str) -> float:
     assert criterion.check is not None
-    return float(CHECKS[criterion.check](response, **criterion.args))
+    try:
+        return float(CHECKS[criterion.check](response, **criterion.args))
+    except RecipeError:
+        raise
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        args = dict(criterion.args)
+        raise RecipeError(
+            f"criterion {criterion.id!r}: check {criterion.check!r} cannot use args = {args!r:.200}: {error}"
+        ) from error
 
 
 def _seed(key: tuple[object, ...]) -> int:

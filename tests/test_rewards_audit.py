@@ -173,6 +173,18 @@ def test_command_audits_ours_by_name(capsys: pytest.CaptureFixture[str]) -> None
     assert "--tasks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "field"), [("humaneval", "canonical_solution"), ("mbpp", "code")])
+def test_reference_files_with_other_fields_are_named(
+    kind: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"task_id": "1"}\n')
+    (tmp_path / "box.py").write_text("class Box:\n    def check(self):\n        pass\n")
+    words = ("--substrate", f"{tmp_path / 'box.py'}:Box", "--only", "cap")
+    assert run(f"--{kind}", str(path), *words) == 2
+    assert f"rows.jsonl:1: no field '{field}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("", "no rows"), ("[]", ":1"), ("{", ":1"), ('{"prompt": "x"}', "'reference'")]
 )
