@@ -517,8 +517,10 @@ def _unscorable(
     ]
     if unread:
         return f"criterion {unread[0]} could not be read, last reply {judgments[unread[0]][-1].reply[-200:]!r}"
-    missing = [name for name, score in judged.items() if score is None]
-    if missing and len(missing) == len(judged):
+    # Those that are only reported may stay open.
+    counting = [c.id for c in criteria if (c.weight > 0 or c.veto) and c.id in judged]
+    missing = [name for name in counting if judged[name] is None]
+    if missing and len(missing) == len(counting):
         last = judgments[missing[0]][-1]
         return f"no judge criterion could be scored; {missing[0]} is {last.verdict}, last reply {last.reply[-200:]!r}"
     if missing and na == "fail":
