@@ -157,10 +157,12 @@ def texts_on_disk(source: RubricSource) -> Mapping[str, str]:
 
 
 def check_fields(source: RubricSource, task: Task) -> None:
-    """Raise ``RecipeError`` when the rubric needs a field that ``task.info`` lacks."""
+    """Raise ``RecipeError`` when the rubric needs a field that ``task.info`` lacks, or that does not suit a check."""
     rubric = source.for_task(task)
     for criterion in rubric.criteria:
-        fill_criterion(criterion, rubric, task)
+        filled = fill_criterion(criterion, rubric, task)
+        if filled.kind == "code":
+            _checked(filled, "A text.")
 
 
 def with_text_of(source: RubricSource, texts: Mapping[str, str]) -> RubricSource:
