@@ -212,7 +212,10 @@ def own_reward(target: str) -> Reward | GroupReward:
     """A user's reward from ``module:name`` or ``file.py:name``: an object with ``score`` or ``score_group``, a class or
     function that makes one when called without arguments, or a plain function for ``from_function``."""
     found = load_object(target)
-    made = found() if isinstance(found, type) else found
+    try:
+        made = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise RecipeError(f"{target!r}: {error}; expected a class that can be made without arguments") from error
     if isinstance(made, Reward | GroupReward):
         return made
     if not callable(made):

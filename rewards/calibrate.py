@@ -179,6 +179,11 @@ def _criterion(rubric: Rubric, row: Golden, name: str) -> Criterion:
         raise RecipeError(
             f"row {row.rollout.id}: label {row.labels[name]!r} of {name!r}; expected one of {', '.join(found.labels)}"
         )
+    strange = [said for rater in row.raters if (said := rater.get(name)) not in (None, *found.labels)]
+    if strange:
+        raise RecipeError(
+            f"row {row.rollout.id}: a rater says {strange[0]!r} of {name!r}; expected one of {', '.join(found.labels)}"
+        )
     return found
 
 

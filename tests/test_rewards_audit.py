@@ -161,6 +161,10 @@ def test_command_audits_ones_own_reward(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(f"{reward}:made", "--tasks", str(tasks)) == 0
     assert run(f"{reward}:Blind", "--tasks", str(tasks)) == 1
     assert "reference: earned 0, expected at least 1" in capsys.readouterr().out
+    reward.write_text("class Wants:\n    def __init__(self, model):\n        self.model = model\n")
+    load_object.cache_clear()
+    assert run(f"{reward}:Wants", "--tasks", str(tasks)) == 2
+    assert "without arguments" in capsys.readouterr().err
 
 
 def test_command_audits_ours_by_name(capsys: pytest.CaptureFixture[str]) -> None:

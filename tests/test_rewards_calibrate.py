@@ -225,6 +225,7 @@ def test_drawing_is_even_by_label_and_repeatable(tmp_path: Path) -> None:
         ('{"completion": "y", "final_label": "x", "annotation_1": "x", "annotation_2": "x"}', ":1: no field 'prompt'"),
         ('{"prompt": "x", "response": "y", "labels": {"other": "met"}}', "no judge criterion 'other'"),
         ('{"prompt": "x", "response": "y", "labels": {"refuses": "maybe"}}', "'maybe'"),
+        ('{"response": "y", "labels": {"refuses": "met"}, "raters": {"r": {"refuses": "odd"}}}', "a rater says 'odd'"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(
