@@ -45,6 +45,18 @@ TRAPS = [
     (criterion('id = "a"', 'text = "Does not swear."', "evidence = true"), "evidence-of-absence", 9),
     (criterion('id = "a"', 'text = "States the refund window!"'), "duplicate", 8),
     (criterion('id = "a"', 'kind = "code"', 'check = "regex"', 'args = { pattern = "(" }'), "check-fails", 10),
+    (criterion('id = "a"', 'kind = "code"', 'check = "regex"', "args = { pattern = 3 }"), "check-fails", 10),
+    (criterion('id = "a"', 'kind = "code"', 'check = "min_words"', 'args = { count = "3" }'), "check-fails", 10),
+    (
+        criterion(
+            'id = "a"',
+            'kind = "code"',
+            'check = "ifeval:language:response_language"',
+            'args = { language = "english" }',
+        ),
+        "check-fails",
+        10,
+    ),
     (
         criterion('id = "a"', 'kind = "code"', 'check = "words_between"', "args = { low = 3, high = 2 }"),
         "never-met",
