@@ -12,14 +12,16 @@ from fractions import Fraction
 _MAX_NUMBER_CHARS = 128
 _TAIL_CHARS = 20_000
 """Where a number that nothing marks as the answer is looked for."""
-_MARKER = re.compile(r"(?:\banswer\s*:|####)", re.IGNORECASE)
+_MARKER = re.compile(r"(?:\banswer\s*(?:\*\*)?\s*:(?:\*\*)?|####)", re.IGNORECASE)
+_BOLD = re.compile(r"(?:\*\*)?((?:(?!\*\*).)+)\*\*\.?", re.DOTALL)
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-_NUMBER = rf"[+-]?(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}})?(?![0-9])"
+_NUMBER = rf"[+\u2212-]?(?:{_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}})?(?![0-9])"
 _IN_TEXT = re.compile(rf"(?<![\w.]){_NUMBER}(?![eE][+-]?[0-9])(?:\s*/\s*{_DIGITS}(?![0-9.]))?")
 _DECIMAL = re.compile(_NUMBER)
 _RATIO = re.compile(rf"()([+-]?{_DIGITS})\s*/\s*([+-]?{_DIGITS})")
 _LATEX_RATIO = re.compile(r"([+-]?)\\[dt]?frac\{\s*([+-]?[0-9]+)\s*\}\{\s*([+-]?[0-9]+)\s*\}")
 _LISTED = re.compile(r"[\s,;/&|*$]*(?:\b(?:or|nor|maybe|perhaps|else|either|possibly)\b[\s,;/&|*$]*)*", re.IGNORECASE)
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|quad|qquad)(?![A-Za-z])|\\ ")
 
 
@@ -41,7 +43,9 @@ def extract_answer(text: str, *, numeric: bool = True) -> str | None:
         markers = list(_MARKER.finditer(text))
         if markers:
             answer = text[markers[-1].end() :].strip()
-            answer = answer.partition("\n")[0] if numeric else answer
+            answer = answer.partition("\n")[0].strip() if numeric else answer
+            bold = _BOLD.fullmatch(answer)
+            answer = bold[1] if bold else answer
         else:
             answer = _last_number(text) if numeric else text
     return (answer.strip() or None) if answer is not None else None
@@ -112,5 +116,5 @@ def bare(text: str) -> str:
 
 
 def _plain(text: str) -> list[str]:
-    words = _LAYOUT.sub("", bare(text)).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    words = _TEXT.sub(r"\1", _LAYOUT.sub("", bare(text))).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     return words.casefold().split()

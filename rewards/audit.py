@@ -212,7 +212,10 @@ def own_reward(target: str) -> Reward | GroupReward:
     """A user's reward from ``module:name`` or ``file.py:name``: an object with ``score`` or ``score_group``, a class or
     function that makes one when called without arguments, or a plain function for ``from_function``."""
     found = load_object(target)
-    made = found() if isinstance(found, type) else found
+    try:
+        made = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise RecipeError(f"{target!r}: {error}; expected a class that can be made without arguments") from error
     if isinstance(made, Reward | GroupReward):
         return made
     if not callable(made):
@@ -306,6 +309,12 @@ def _chosen(arguments: argparse.Namespace) -> Sequence[Audited]:
     return [build() for build in builders]
 
 
+_FIELDS: Mapping[str, frozenset[str]] = {
+    "solve_humaneval": frozenset({"task_id", "prompt", "entry_point", "test", "canonical_solution"}),
+    "solve_mbpp": frozenset({"task_id", "text", "code", "test_list"}),
+}
+
+
 async def _references(arguments: argparse.Namespace, substrate: Substrate | None) -> bool:
     """Whether in the files given every reference solution passes and no hack does; prints how many do."""
     from rewards.code_tests import solve_humaneval, solve_mbpp
@@ -315,7 +324,12 @@ async def _references(arguments: argparse.Namespace, substrate: Substrate | None
         if path is None:
             continue
         assert substrate is not None
-        rows = [row for _, row in read_jsonl(path)]
+        rows = []
+        for number, row in read_jsonl(path):
+            missing = sorted(_FIELDS[solve.__name__] - row.keys())
+            if missing:
+                raise RecipeError(f"{path}:{number}: no field {missing[0]!r}")
+            rows.append(row)
         solutions, hacks = await solve(rows, substrate)
         failed = {name: score for name, score in solutions.items() if score.value != 1.0}
         paid = {name: score for name, score in hacks.items() if score.value != 0.0}

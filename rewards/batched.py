@@ -40,7 +40,7 @@ def render_batch(questions: Sequence[Question], nonce: str, *, canary: bool = Fa
     """
     asked = [(question.id, question.criterion, question.labels) for question in questions]
     if canary:
-        extra = canary_of(nonce)
+        extra = canary_of(nonce, [question.id for question in questions])
         asked.append((extra.id, extra.text, extra.labels))
     asked = list(shuffled(asked, nonce))
     verdicts = ", ".join(
@@ -65,7 +65,7 @@ def parse_batch(reply: str, questions: Sequence[Question], nonce: str, *, canary
     expected = {question.id: question.labels for question in questions}
     if not canary:
         return parse_json_reply(reply, nonce, expected)
-    extra = canary_of(nonce)
+    extra = canary_of(nonce, expected)
     *verdicts, alarm = parse_json_reply(reply, nonce, {**expected, extra.id: extra.labels})
     check_canary(alarm, reply)
     return tuple(verdicts)

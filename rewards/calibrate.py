@@ -179,6 +179,11 @@ def _criterion(rubric: Rubric, row: Golden, name: str) -> Criterion:
         raise RecipeError(
             f"row {row.rollout.id}: label {row.labels[name]!r} of {name!r}; expected one of {', '.join(found.labels)}"
         )
+    strange = [said for rater in row.raters if (said := rater.get(name)) not in (None, *found.labels)]
+    if strange:
+        raise RecipeError(
+            f"row {row.rollout.id}: a rater says {strange[0]!r} of {name!r}; expected one of {', '.join(found.labels)}"
+        )
     return found
 
 
@@ -324,6 +329,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     rubric = Rubric.load(arguments.rubric)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise RecipeError(f"--limit {arguments.limit}: expected at least 1 row")
     golden = read_golden(arguments.golden, split=arguments.split)
     if arguments.limit is not None:
         golden = draw(golden, arguments.limit, arguments.seed)

@@ -7,6 +7,7 @@ parsed arguments that returns the exit code.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,10 @@ COMMANDS = (lint, score, audit, calibrate, convert)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0 when all is well, 1 when what was looked at is not, 2 when it could not be looked at."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Texts of a policy may hold what UTF-8 cannot say.
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:

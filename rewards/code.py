@@ -23,7 +23,9 @@ from rewards.values import MALFORMED, near, parse_literal, read_value, same_valu
 CODE_BOX = SandboxSpec(timeout_s=10.0)
 MAX_PROGRAM_CHARS = 1 << 16
 _MAX_OUTPUT = 4 << 20
-_FENCE = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
 
 # Runs inside the sandbox. Answers go to a private copy of stdout, one JSON line each; whatever the program prints
 # goes to /dev/null. Values are tagged by exact type, so an instance of a subclass is not taken for its base; the

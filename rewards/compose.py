@@ -12,7 +12,7 @@ from typing import Literal
 from posttrain.errors import RecipeError
 from posttrain.protocols import GroupReward, Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score, ScoreStatus
-from rewards.composite import Composite
+from rewards.composite import Composite, finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +201,13 @@ class GroupSum(Composite):
 
 async def _score_all(reward: Reward | GroupReward, rollouts: Sequence[Rollout]) -> Sequence[Score]:
     if isinstance(reward, GroupReward):
-        return await reward.score_group(rollouts)
-    return await asyncio.gather(*(reward.score(rollout) for rollout in rollouts))
+        return [finite(score) for score in await reward.score_group(rollouts)]
+    return await asyncio.gather(*(_score(reward, rollout, None) for rollout in rollouts))
 
 
 async def _score(reward: Reward, rollout: Rollout, sandbox: Sandbox | None) -> Score:
     """The box goes to the part that asked for it."""
-    return await reward.score(rollout, sandbox if _spec(reward) is not None else None)
+    return finite(await reward.score(rollout, sandbox if _spec(reward) is not None else None))
 
 
 def _spec(reward: Reward) -> SandboxSpec | None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 from posttrain.protocols import Ask, Reloadable, asks_policy
-from posttrain.types import Task
+from posttrain.types import Score, ScoreStatus, Task
+
+
+def finite(score: Score) -> Score:
+    """The score; unscored when its value is no finite number, since NaN would pass any gate."""
+    if score.value is None or math.isfinite(score.value):
+        return score
+    error = f"value = {score.value}; expected a finite number, or None"
+    return dataclasses.replace(score, value=None, status=ScoreStatus.REWARD_ERROR, error=error)
 
 
 class Composite:

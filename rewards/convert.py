@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     converted, refused = [], 0
     for number, row in rows:
         try:
-            converted.append(_convert(row, found, arguments.source is not None, arguments.pitfalls))
+            data = _convert(row, found, arguments.source is not None, arguments.pitfalls)
+            json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair could not be written
+            converted.append(data)
         except (ValueError, KeyError, TypeError) as error:
             refused += 1
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)

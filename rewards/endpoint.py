@@ -32,6 +32,8 @@ _MAX_BODY = 4 << 20
 """Bytes of a reply's body; what goes on after that is no completion."""
 _TEMPLATE_TOKENS = 16
 """What a chat template may add to a message."""
+_MOST_TOKENS = 1 << 40
+"""A reply that says it took more says nothing."""
 _OK = 200
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
@@ -202,7 +204,7 @@ class Client:
             **self._judge.extra,
         }
         # No tokenizer makes more tokens of a text than it has bytes.
-        size = sum(len(message["content"].encode()) + _TEMPLATE_TOKENS for message in messages)
+        size = sum(len(message["content"].encode(errors="replace")) + _TEMPLATE_TOKENS for message in messages)
         reply = await self._try_until_answered(json.dumps(body).encode(), Usage(size, max_tokens))
         if reply.finish == "length":
             self._count("cut_off")
@@ -400,9 +402,10 @@ def _usage(found: Any) -> Usage | None:
         usage = Usage(
             int(found["prompt_tokens"]), int(found["completion_tokens"]), int(details.get("cached_tokens") or 0)
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
-    return usage if min(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) >= 0 else None
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    return usage if min(counts) >= 0 and max(counts) < _MOST_TOKENS and counts[2] <= counts[0] else None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -44,6 +44,8 @@ def read_golden(paths: Sequence[Path], *, split: str | None = None) -> list[Gold
         for number, row in read_jsonl(path):
             try:
                 found = _golden(row, f"{path.stem}:{number}")
+            except KeyError as error:
+                raise RecipeError(f"{path}:{number}: no field {error}") from error
             except (ValueError, TypeError, AttributeError) as error:
                 raise RecipeError(f"{path}:{number}: {error}") from error
             if split is None or found.fields.get("split") == split:

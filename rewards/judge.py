@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 _MOST_CHARS = 1 << 16
 """A reply that is longer is not read: looking for objects in a nest of openings takes time by its square."""
+_MOST_DRAWS = 1000
+"""Of a nonce."""
 _LINE_REPLY = re.compile(r'"(?P<evidence>.*)" (?P<nonce>[0-9a-f]{4}) (?P<label>met|unmet)')
 
 
@@ -96,13 +98,13 @@ class JsonDialect:
         if self.order != "drawn":
             labels = question.labels if self.order == "given" else question.labels[::-1]
             question = replace(question, labels=labels)
-        canary = canary_of(nonce) if self.canary else None
+        canary = canary_of(nonce, (question.id,)) if self.canary else None
         return render_json_prompt(question, nonce, canary, shuffle=self.order == "drawn")
 
     def parse(self, reply: str, question: Question, nonce: str) -> Verdict:
         if not self.canary:
             return parse_json_reply(reply, nonce, {question.id: question.labels})[0]
-        canary = canary_of(nonce)
+        canary = canary_of(nonce, (question.id,))
         expected = {question.id: question.labels, canary.id: canary.labels}
         verdict, alarm = parse_json_reply(reply, nonce, expected)
         check_canary(alarm, reply)
@@ -124,14 +126,16 @@ class PolicyJudge:
 def derive_nonce(*parts: object, response: str, num_chars: int) -> str:
     """Lowercase hex that does not occur in ``response``.
 
-    Derived from ids the policy never sees, so a resumed run asks the same question again.
+    Derived from ids the policy never sees, so a resumed run asks the same question again. A response long enough to
+    hold almost every short nonce gets one all the same: which it is still cannot be known, and ``judge_view`` leaves
+    no verdict behind it.
     """
-    draw = 0
-    while True:
+    lower, nonce = response.lower(), ""
+    for draw in range(_MOST_DRAWS):
         nonce = hashlib.sha256(repr((parts, response, draw)).encode()).hexdigest()[:num_chars]
-        if nonce not in response.lower():
-            return nonce
-        draw += 1
+        if nonce not in lower:
+            break
+    return nonce
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +155,15 @@ _CANARIES = (
 )
 
 
-def canary_of(nonce: str) -> Canary:
-    """The canary that goes with a nonce. Its id looks like any other, and its wording varies."""
+def canary_of(nonce: str, taken: Collection[str] = ()) -> Canary:
+    """The canary that goes with a nonce. Its id looks like any other and is none of those ``taken``; its wording
+    varies."""
     digest = hashlib.sha256(f"canary {nonce}".encode()).hexdigest()
     word = "".join(chr(ord("a") + int(digit, 16)) for digit in digest[:10])
-    return Canary(
-        id=f"c{int(digest[10:14], 16)}", text=_CANARIES[int(digest[16], 16) % len(_CANARIES)].format(word=word)
-    )
+    number = int(digest[10:14], 16)
+    while f"c{number}" in taken:
+        number += 1
+    return Canary(id=f"c{number}", text=_CANARIES[int(digest[16], 16) % len(_CANARIES)].format(word=word))
 
 
 def check_canary(verdict: Verdict, reply: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from posttrain.errors import RecipeError
 from posttrain.protocols import Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score
-from rewards.composite import Composite
+from rewards.composite import Composite, finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class CosineLength(Composite):
         return spec if isinstance(spec, SandboxSpec) else None
 
     async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
-        score = await self.reward.score(rollout, sandbox)
+        score = finite(await self.reward.score(rollout, sandbox))
         if score.value is None:
             return score
         length = rollout.num_generated

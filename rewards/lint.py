@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from posttrain.errors import RecipeError
+from rewards.rows import read_jsonl
 from rewards.rubric import Rubric
 from rewards.rubric_file import Mistake, line_of, mistakes, rubric_source, syntax_line
 from rewards.traps import ERROR, WARNING, Trap, traps
@@ -117,8 +118,11 @@ def lint_scores(rubric: Rubric, source: str, rows: Sequence[Mapping[str, float |
 def _lint_rows(path: Path, fields: Sequence[str] | None) -> list[Finding]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise RecipeError(f"{str(path)!r} cannot be read: {error.strerror}; expected a JSON Lines file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{str(path)!r} cannot be read: {reason}; expected a JSON Lines file in UTF-8") from error
+    if not any(map(str.strip, lines)):
+        raise RecipeError(f"{str(path)!r} has no rows; expected one JSON object with a 'rubric' a line")
     found: list[Finding] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -202,7 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read_parts(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not rows or any("parts" not in row for row in rows):
+    rows = [row for _, row in read_jsonl(path)]
+    if not rows or not all(isinstance(row.get("parts"), dict) for row in rows):
         raise RecipeError(f"{str(path)!r} has no rows with 'parts'; expected what `posttrain rewards score` wrote")
     return [row["parts"] for row in rows]

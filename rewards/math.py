@@ -27,12 +27,13 @@ _POWER = re.compile(r"(?:\^|\*\*)\s*\{*\s*[({]*\s*[+-]?\s*([0-9]+)")
 _LEVEL = r"(?:\^|\*\*)[\s{(+-]*[0-9]+[\s)}]*"
 _TOWER = re.compile(_LEVEL * 3)
 _FACTORIAL = re.compile(r"[0-9]{4,}[\s)}]*!|![\s)}]*!")
-_EQUALS = re.compile(r"(?<![<>!:=~\\])=(?!=)")
+_EQUALS = re.compile(r"(?<![<>!:=~\\])={1,2}(?!=)")
 _NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?")
 _MAX_SIDES = 4
 _RELATION = re.compile(r"[<>\u2264\u2265]|\\(?:[lg]eq?|[lg]t|[lg]eqslant)(?![A-Za-z])")
 _SET = re.compile(r"\s*(?:\\left)?\\\{")
 _INTERVAL = re.compile(r"\s*(?:\\left)?[(\[].*,.*[)\]]\s*", re.DOTALL)
+_BASE = re.compile(r"(?<=[0-9])_\{?\s*([0-9]+)")
 _COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}|\\[A-Za-z]+")
 _WORD_RUN = re.compile(r"[^\W\d_]{2,}")
 _MATH = re.compile(r"[0-9=+*/^_<>|()\[\]-]|\\[A-Za-z]+")
@@ -109,9 +110,11 @@ def is_formula(text: str) -> bool:
 
 
 def may_be_same(expected: str, found: str) -> bool:
-    """Whether two formulas are of kinds that can be equal. Math-verify takes the set {1, 2} for the point (1, 2), and a
-    list of the ends for an inequality."""
+    """Whether two formulas are of kinds that can be equal. Math-verify takes the set {1, 2} for the point (1, 2), a
+    list of the ends for an inequality, and a number in one base for the same digits in another."""
     gold, answer = bare(expected), bare(found)
+    if not set(_BASE.findall(answer)) <= {"10", *_BASE.findall(gold)}:
+        return False
     if _RELATION.search(gold):
         return bool(_RELATION.search(answer) or _INTERVAL.fullmatch(answer))
     pair = (gold, answer) if _SET.match(gold) else (answer, gold)

@@ -157,10 +157,12 @@ def texts_on_disk(source: RubricSource) -> Mapping[str, str]:
 
 
 def check_fields(source: RubricSource, task: Task) -> None:
-    """Raise ``RecipeError`` when the rubric needs a field that ``task.info`` lacks."""
+    """Raise ``RecipeError`` when the rubric needs a field that ``task.info`` lacks, or that does not suit a check."""
     rubric = source.for_task(task)
     for criterion in rubric.criteria:
-        fill_criterion(criterion, rubric, task)
+        filled = fill_criterion(criterion, rubric, task)
+        if filled.kind == "code":
+            _checked(filled, "A text.")
 
 
 def with_text_of(source: RubricSource, texts: Mapping[str, str]) -> RubricSource:
@@ -480,7 +482,15 @@ def _judgment(criterion: Criterion, verdict: Verdict | None, response: str, repl
 
 def _checked(criterion: Criterion, response: str) -> float:
     assert criterion.check is not None
-    return float(CHECKS[criterion.check](response, **criterion.args))
+    try:
+        return float(CHECKS[criterion.check](response, **criterion.args))
+    except RecipeError:
+        raise
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        args = dict(criterion.args)
+        raise RecipeError(
+            f"criterion {criterion.id!r}: check {criterion.check!r} cannot use args = {args!r:.200}: {error}"
+        ) from error
 
 
 def _seed(key: tuple[object, ...]) -> int:
@@ -509,8 +519,10 @@ def _unscorable(
     ]
     if unread:
         return f"criterion {unread[0]} could not be read, last reply {judgments[unread[0]][-1].reply[-200:]!r}"
-    missing = [name for name, score in judged.items() if score is None]
-    if missing and len(missing) == len(judged):
+    # Those that are only reported may stay open.
+    counting = [c.id for c in criteria if (c.weight > 0 or c.veto) and c.id in judged]
+    missing = [name for name in counting if judged[name] is None]
+    if missing and len(missing) == len(counting):
         last = judgments[missing[0]][-1]
         return f"no judge criterion could be scored; {missing[0]} is {last.verdict}, last reply {last.reply[-200:]!r}"
     if missing and na == "fail":

@@ -37,8 +37,11 @@ def rubric_source(path_or_name: str | Path) -> tuple[str, str]:
     if path.suffix == ".toml":
         try:
             return str(path), path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"rubric {str(path)!r} cannot be read: {error.strerror}; expected a TOML file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RecipeError(
+                f"rubric {str(path)!r} cannot be read: {reason}; expected a TOML file in UTF-8"
+            ) from error
     folder = resources.files("rewards") / "rubrics"
     names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
     if str(path) not in names:

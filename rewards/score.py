@@ -86,7 +86,10 @@ def _own_judge(spec: str) -> Judge:
         raise RecipeError(f"--judge {spec}: {error}; expected {expected}") from error
     finally:
         sys.path.remove("")
-    judge = found if isinstance(found, Judge) and not isinstance(found, type) else found()
+    try:
+        judge = found if isinstance(found, Judge) and not isinstance(found, type) else found()
+    except TypeError as error:
+        raise RecipeError(f"--judge {spec}: {error}; expected a judge, or what gives one without arguments") from error
     if not isinstance(judge, Judge):
         raise RecipeError(f"--judge {spec} is a {type(judge).__name__}; expected something with an async method ask")
     return judge
@@ -115,6 +118,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.concurrency < 1:
+        raise RecipeError(f"--concurrency {arguments.concurrency}: expected at least 1")
     rollouts = read_rollouts(arguments.responses)
     with open_judge(arguments.judge, model=arguments.model, key_env=arguments.api_key_env) as judge:
         reward = RubricReward(

@@ -133,13 +133,22 @@ def _validator(schema: str) -> Any:
 
 def same_calls(calls: Sequence[ToolCall], expected: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every call is another one of those expected, and none is missing."""
-    left = list(expected)
-    for call in calls:
-        found = next((i for i, one in enumerate(left) if _is_expected(call, one)), None)
-        if found is None:
-            return False
-        left.pop(found)
-    return not left
+    if len(calls) != len(expected):
+        return False
+    fits = [[i for i, one in enumerate(expected) if _is_expected(call, one)] for call in calls]
+    taken: dict[int, int] = {}
+
+    def place(call: int, tried: set[int]) -> bool:
+        """Give a call a place; one that has it moves on to another that it fits."""
+        for i in fits[call]:
+            if i not in tried:
+                tried.add(i)
+                if i not in taken or place(taken[i], tried):
+                    taken[i] = call
+                    return True
+        return False
+
+    return all(place(call, set()) for call in range(len(calls)))
 
 
 def _is_expected(call: ToolCall, expected: Mapping[str, Any]) -> bool:

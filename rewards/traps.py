@@ -232,7 +232,11 @@ def _code(c: Criterion) -> _Look:
     low, high = c.args.get("low"), c.args.get("high")
     if isinstance(low, int) and isinstance(high, int) and low > high:
         yield "never-met", ERROR, f"low = {low} is above high = {high}, so nothing meets it", "args"
-    outcomes = _outcomes(c)
+    try:
+        outcomes = _tried(c)
+    except _FAILS as error:
+        yield "check-fails", ERROR, f"{c.check} cannot use args = {dict(c.args)!r:.200}: {str(error)[:200]}", "args"
+        return
     if outcomes is None or c.weight == 0:
         return
     if c.polarity == "reward" and all(outcomes):
@@ -245,15 +249,23 @@ def _code(c: Criterion) -> _Look:
         )
 
 
+_FAILS = (TypeError, ValueError, AttributeError, re.error)
+
+
 def _outcomes(c: Criterion) -> list[bool] | None:
-    """What a code check says of fixed texts; None where it needs fields of a task or fails."""
+    """As ``_tried``; None where the check fails, too."""
+    try:
+        return _tried(c)
+    except _FAILS:
+        return None
+
+
+def _tried(c: Criterion) -> list[bool] | None:
+    """What a code check says of fixed texts; None where it needs fields of a task. Raises what the check raises."""
     if any(isinstance(value, str) and PLACEHOLDER.search(value) for value in c.args.values()):
         return None
     assert c.check is not None
-    try:
-        return [bool(CHECKS[c.check](text, **c.args)) for text in (*_CONSTANTS, _LONG)]
-    except (TypeError, ValueError, re.error):
-        return None
+    return [bool(CHECKS[c.check](text, **c.args)) for text in (*_CONSTANTS, _LONG)]
 
 
 def _compiles(pattern: str) -> bool:

@@ -92,8 +92,9 @@ def judge_view(text: str) -> JudgeView:
 
 
 def visible(text: str) -> str:
-    """The text without characters that nobody sees: zero-width, bidirectional, tags, fillers, variation selectors."""
-    return _UNSEEN.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+    """The text without characters that nobody sees: zero-width, bidirectional, tags, fillers, variation selectors, and
+    halves of surrogate pairs, which no tokenizer takes."""
+    return _UNSEEN.sub("", "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cs")))
 
 
 def suspicions(text: str) -> tuple[str, ...]:

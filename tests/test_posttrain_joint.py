@@ -173,6 +173,29 @@ def test_a_resumed_stage_asks_the_judge_prompts_that_were_under_way(session):
     assert [(job.id, job.task, job.variants) for job in again] == wanted
 
 
+@dataclass(frozen=True, slots=True)
+class OnlyVerified(LetterVerdicts):
+    """Has no prompts before something was generated."""
+
+    def anchors(self) -> Sequence[JudgeTask]:
+        return []
+
+
+def test_a_place_that_found_no_prompt_stays_empty_when_its_stage_is_resumed(session):
+    domain = session.recipe.domains["vowels"]
+    domain = domain.replace(judge_training=domain.judge_training.replace(tasks=OnlyVerified()))
+    session.recipe = session.recipe.replace(domains={"vowels": domain})
+    before = judging_of(session)
+    submitted(session, before, Position(step=0), steps=2)
+    before._pool.add([prompt(f"{label}{i}", label) for i in range(4) for label in ("met", "unmet")])
+    saved = json.loads(json.dumps(before.state([6, 7])))
+    after = judging_of(session, saved)
+    again = submitted(session, after, Position(step=1, pending=(6, 7), judging=saved), steps=1)
+    assert [job.num_rollouts for job in again if job.task.domain == "vowels-judge"] == [0, 0]
+    assert after._empty == before._empty == 4
+    assert after._pool.state() == before._pool.state()
+
+
 UNDER_WAY = {"0/judge-0", "0/judge-1", "1/judge-0", "1/judge-1"}
 
 

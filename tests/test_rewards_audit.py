@@ -161,6 +161,10 @@ def test_command_audits_ones_own_reward(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(f"{reward}:made", "--tasks", str(tasks)) == 0
     assert run(f"{reward}:Blind", "--tasks", str(tasks)) == 1
     assert "reference: earned 0, expected at least 1" in capsys.readouterr().out
+    reward.write_text("class Wants:\n    def __init__(self, model):\n        self.model = model\n")
+    load_object.cache_clear()
+    assert run(f"{reward}:Wants", "--tasks", str(tasks)) == 2
+    assert "without arguments" in capsys.readouterr().err
 
 
 def test_command_audits_ours_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +175,18 @@ def test_command_audits_ours_by_name(capsys: pytest.CaptureFixture[str]) -> None
     assert "no such reward" in capsys.readouterr().err
     assert run("rewards.math:MathReward") == 2
     assert "--tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "field"), [("humaneval", "canonical_solution"), ("mbpp", "code")])
+def test_reference_files_with_other_fields_are_named(
+    kind: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"task_id": "1"}\n')
+    (tmp_path / "box.py").write_text("class Box:\n    def check(self):\n        pass\n")
+    words = ("--substrate", f"{tmp_path / 'box.py'}:Box", "--only", "cap")
+    assert run(f"--{kind}", str(path), *words) == 2
+    assert f"rows.jsonl:1: no field '{field}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,10 @@ def test_drawing_is_even_by_label_and_repeatable(tmp_path: Path) -> None:
         ('{"prompt": "x", "labels": {"refuses": "met"}}', "response"),
         ('{"prompt": "x", "response": "y", "labels": {"refuses": 1}}', "verdicts by criterion"),
         ("[1]", "one JSON object"),
+        ('{"completion": "y", "final_label": "x", "annotation_1": "x", "annotation_2": "x"}', ":1: no field 'prompt'"),
         ('{"prompt": "x", "response": "y", "labels": {"other": "met"}}', "no judge criterion 'other'"),
         ('{"prompt": "x", "response": "y", "labels": {"refuses": "maybe"}}', "'maybe'"),
+        ('{"response": "y", "labels": {"refuses": "met"}, "raters": {"r": {"refuses": "odd"}}}', "a rater says 'odd'"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(
@@ -233,6 +235,13 @@ def test_rows_that_cannot_be_used_are_named(
     path.write_text(row + "\n")
     assert main(["calibrate", str(path), "--rubric", "refusal", "--judge", "perfect"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["0", "-3"])
+def test_no_judge_passes_on_no_rows(limit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = str(golden_file(tmp_path))
+    assert main(["calibrate", golden, "--rubric", "refusal", "--judge", "perfect", "--limit", limit]) == 2
+    assert f"--limit {limit}" in capsys.readouterr().err
 
 
 def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:

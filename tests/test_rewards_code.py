@@ -282,6 +282,8 @@ def test_forged_frames_are_malformed(tagged: Any) -> None:
 def test_unclosed_fence_and_bare_text_are_programs() -> None:
     assert extract_program("x\n```python\na = 1\n") == "a = 1\n"
     assert extract_program("a = 1") == "a = 1"
+    for opening in ("```Python\n", "```python3\n", "``` python\n", "```python\r\n"):
+        assert extract_program(f"x\n{opening}a = 1\n```\n") == "a = 1\n"
     assert ast.parse(extract_program("```py\na = 1\n```\n```\noutput\n```"))
 
 

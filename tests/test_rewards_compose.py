@@ -21,6 +21,7 @@ from rewards.adapters import from_trl
 from rewards.compose import Cap, Gate, GroupSum, Product, WeightedSum
 from rewards.controls import Case
 from rewards.functions import from_function, from_verifiers, from_verl
+from rewards.length import CosineLength
 from rewards.rubric import Rubric, RubricReward
 
 ROLLOUT = Rollout(id="r", task=Task(id="t", domain="d", prompt=()), turns=(), stop=StopReason.FINISHED)
@@ -304,3 +305,23 @@ def test_only_what_asks_the_policy_is_lent_it():
     assert not asks_policy(own)
     assert asks_policy(Gate(condition=Fixed(1.0), reward=Cap(reward=RubricReward(Rubric.load("one_line")), high=1.0)))
     assert asks_policy(Judged())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_passes_no_gate_and_spoils_no_sum(value: float) -> None:
+    bad, one = Fixed(value), Fixed(1.0)
+    made = [
+        Gate(condition=bad, reward=one),
+        Gate(condition=one, reward=bad),
+        Product({"a": bad, "b": one}),
+        WeightedSum({"a": bad, "b": one}, {"a": 1.0, "b": 1.0}),
+        Cap(reward=bad, low=0.0, high=1.0),
+        CosineLength(reward=bad, max_tokens=10),
+    ]
+    for reward in made:
+        score = asyncio.run(reward.score(ROLLOUT))
+        assert (score.value, score.status) == (None, ScoreStatus.REWARD_ERROR)
+    group = GroupSum(rewards={"a": bad, "b": one}, weights={"a": 1.0, "b": 1.0}, aggregation="normalize_then_sum")
+    assert [score.value for score in asyncio.run(group.score_group([ROLLOUT]))] == [None]
+    told = WeightedSum({"a": bad, "b": one}, {"a": 0.0, "b": 1.0})
+    assert asyncio.run(told.score(ROLLOUT)).parts["a"] is None

@@ -287,6 +287,15 @@ def test_the_command_line_names_the_lines_that_do_not_fit(tmp_path: Path, capsys
     assert len(ours.read_text().splitlines()) == 2
 
 
+def test_what_cannot_be_written_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, ours = tmp_path / "in.jsonl", tmp_path / "ours.jsonl"
+    half = json.dumps(RAR[0] | {"question": "\ud800"})
+    source.write_text(f"{json.dumps(RAR[0])}\n{half}\n")
+    assert main(["convert", "--from", "rar", str(source), str(ours)]) == 1
+    assert f"{source}:2: 'utf-8' codec can't encode" in capsys.readouterr().err
+    assert not ours.exists()
+
+
 def test_a_verifiers_file_there_and_back(tmp_path: Path) -> None:
     source, ours, back = (tmp_path / name for name in ("in.toml", "ours.toml", "back.json"))
     source.write_text(dump_toml(VERIFIERS[0]))

@@ -429,6 +429,37 @@ def test_money_is_counted_with_cached_tokens_and_a_budget_in_money_is_kept() -> 
     assert counts["cached_tokens"] == 21
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 1, "completion_tokens": float("inf")},
+        {"prompt_tokens": 1, "completion_tokens": 10**400},
+        {"prompt_tokens": 1, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 1000}},
+    ],
+)
+def test_a_usage_that_cannot_be_is_none_and_the_most_is_taken(usage: dict[str, Any]) -> None:
+    async def run() -> tuple[str, dict[str, float]]:
+        async def reply(_: int, __: web.Request, body: Body) -> web.StreamResponse:
+            return web.json_response(completion("yes") | {"usage": usage})
+
+        async with serving(reply) as endpoint:
+            asked = judge(endpoint, prices=Prices(input=2.0, output=10.0, cached_input=0.5))
+            return await asked.ask(ASK, max_tokens=5, seed=0), await asked.counters()
+
+    text, counts = asyncio.run(run())
+    assert text == "yes"
+    assert counts["replies_without_usage"] == 1
+    assert "cost" not in counts
+
+
+def test_half_a_surrogate_pair_in_what_is_judged_is_no_obstacle() -> None:
+    async def run() -> Score:
+        async with serving(says(lambda body: completion(verdict(body["messages"])))) as endpoint:
+            return await score(RubricReward(rubric(), judge(endpoint)), "Some \ud800 words.")
+
+    assert asyncio.run(run()).value == 1.0
+
+
 async def _outcome(call: Awaitable[str]) -> Any:
     try:
         return await call

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.errors import JudgeError, UnreadableReply
+from rewards.batched import parse_batch, render_batch
 from rewards.judge import (
     JsonDialect,
     Question,
@@ -154,6 +155,22 @@ def test_a_canary_is_met_by_no_response_and_looks_like_any_criterion() -> None:
     assert first == {True, False}
 
 
+def test_a_canary_never_has_the_id_of_a_criterion_it_goes_along_with() -> None:
+    taken = canary_of(NONCE).id
+    dialect = JsonDialect(canary=True)
+    question = Question(id=taken, criterion="Is kind.", labels=LABELS, response="Hi.")
+    other = Question(id="c1", criterion="Is brief.", labels=LABELS, response="Hi.")
+    for text in (dialect.render(question, NONCE)[1], render_batch([question, other], NONCE, canary=True)[1]):
+        ids = [row["id"] for row in json.loads(text["content"])["criteria"]]
+        assert len(set(ids)) == len(ids)
+    alarm = canary_of(NONCE, [taken, "c1"]).id
+    rows = [{"id": name, "verdict": label} for name, label in ((taken, "met"), ("c1", "unmet"), (alarm, "unmet"))]
+    given = parse_batch(json.dumps({"n": NONCE, "verdicts": rows}), [question, other], NONCE, canary=True)
+    assert [verdict.label for verdict in given] == ["met", "unmet"]
+    with pytest.raises(UnreadableReply):
+        dialect.parse(reply("met", criterion=taken), question, NONCE)
+
+
 def test_labels_come_in_every_order_and_the_same_one_for_a_nonce() -> None:
     asked = Question(id="c1", criterion="Tone.", labels=("rude", "neutral", "kind"), response="Hi.")
     rules = [render_json_prompt(asked, f"{i:032x}")[0]["content"] for i in range(60)]
@@ -221,3 +238,10 @@ def test_nonce_is_reproducible_and_never_in_the_response(response: str, vote: in
     assert len(nonce) == 4
     assert nonce not in response
     assert derive_nonce("r", vote, response=response + nonce, num_chars=4) not in response + nonce
+
+
+def test_a_response_with_every_short_nonce_gets_one_and_no_verdict_behind_it() -> None:
+    response = " ".join(f"{number:04x} met" for number in range(1 << 16))
+    nonce = derive_nonce("r", response=response, num_chars=4)
+    assert len(nonce) == 4
+    assert f"{nonce} met" not in judge_view(response).text

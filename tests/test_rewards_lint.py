@@ -45,6 +45,18 @@ TRAPS = [
     (criterion('id = "a"', 'text = "Does not swear."', "evidence = true"), "evidence-of-absence", 9),
     (criterion('id = "a"', 'text = "States the refund window!"'), "duplicate", 8),
     (criterion('id = "a"', 'kind = "code"', 'check = "regex"', 'args = { pattern = "(" }'), "check-fails", 10),
+    (criterion('id = "a"', 'kind = "code"', 'check = "regex"', "args = { pattern = 3 }"), "check-fails", 10),
+    (criterion('id = "a"', 'kind = "code"', 'check = "min_words"', 'args = { count = "3" }'), "check-fails", 10),
+    (
+        criterion(
+            'id = "a"',
+            'kind = "code"',
+            'check = "ifeval:language:response_language"',
+            'args = { language = "english" }',
+        ),
+        "check-fails",
+        10,
+    ),
     (
         criterion('id = "a"', 'kind = "code"', 'check = "words_between"', "args = { low = 3, high = 2 }"),
         "never-met",
@@ -155,3 +167,27 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (found["rule"], found["line"], found["severity"], found["criterion"]) == ("placeholder", 5, "error", "a")
     assert main(["lint", str(tmp_path / "none.toml")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("r.toml", b"\xff", "in UTF-8"), ("r.jsonl", b"\xff", "in UTF-8"), ("r.jsonl", b"\n", "has no rows")],
+)
+def test_files_that_are_no_text_or_empty_are_named(
+    name: str, content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert main(["lint", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "scores.jsonl:1"), (b"\xff", "in UTF-8"), (b"[1]", "scores.jsonl:1"), (b'{"parts": [1]}', "'parts'")],
+)
+def test_scores_that_cannot_be_read_are_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scores.jsonl").write_bytes(content)
+    assert main(["lint", "refusal", "--scores", str(tmp_path / "scores.jsonl")]) == 2
+    assert message in capsys.readouterr().err

@@ -300,3 +300,27 @@ def test_worked_solutions_of_gsm8k_are_right_for_their_own_answer_and_wrong_for_
         assert value(row["answer"], gold) == 1.0
         assert value(row["answer"], other) == float(parse_number(gold) == parse_number(other))
         assert value(f"First {other}, then {gold}.", gold) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("So x is \u22125.", "5", False),
+        ("So x is \u22125.", "-5", True),
+        ("**Answer:** 42", "42", True),
+        ("**Answer: 42**", "42", True),
+        ("**Answer**: **42**.", "42", True),
+        ("**Final answer:** $\\frac{2}{4}$", "\\frac{1}{2}", True),
+        (r"\boxed{\text{yes}}", "yes", True),
+        (r"\boxed{Evelyn}", r"\text{Evelyn}", True),
+        (r"\boxed{12_7}", "12_8", False),
+        (r"\boxed{12_{8}}", "12_8", True),
+        (r"\boxed{12}", "12_8", True),
+        (r"\boxed{42_{41}}", "42", False),
+        (r"\boxed{42_{10}}", "42", True),
+        (r"\boxed{41 == 42}", "42", False),
+        (r"\boxed{40 + 2 == 42}", "42", True),
+    ],
+)
+def test_how_an_answer_is_written(text: str, answer: str, right: bool) -> None:
+    assert value(text, answer) == float(right)

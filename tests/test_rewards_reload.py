@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,14 @@ def test_an_edit_that_needs_fields_the_tasks_lack_is_refused(path: Path) -> None
     assert files.refresh(1) == {}
     assert session.text == A
     assert "needs the field 'ending', but task.info has none" in session.warnings[0]
+
+
+def test_an_edit_whose_check_cannot_use_what_the_tasks_have_is_refused(path: Path) -> None:
+    edited = rubric_file(path).with_text(A.replace('suffix = "a"', 'suffix = "{ending}"'))
+    task = replace(next(iter(LetterTasks("d", "a").train(seed=0))), info={"ending": 3})
+    with pytest.raises(RecipeError, match="check 'ends_with' cannot use args"):
+        RubricReward(edited).check_task(task)
+    RubricReward(edited).check_task(replace(task, info={"ending": "a"}))
 
 
 def test_an_edit_whose_anchors_cannot_be_scored_waits(path: Path) -> None:

@@ -367,3 +367,14 @@ def test_line_dialect_refuses_choices() -> None:
 def test_checks(check: str, args: dict[str, Any], good: str, bad: str) -> None:
     assert CHECKS[check](good, **args) is True
     assert CHECKS[check](bad, **args) is False
+
+
+@pytest.mark.parametrize("na", ["skip", "fail"])
+@pytest.mark.parametrize("label", ["cannot_assess", "garbage"])
+def test_a_criterion_that_is_only_reported_never_leaves_a_rollout_unscored(label: str, na: str) -> None:
+    code = {"id": "code", "kind": "code", "check": "no_comma"}
+    score = grade({"told": label}, judged("told", 0.0), code, na=na)
+    assert (score.value, score.status, score.parts["told"]) == (1.0, ScoreStatus.OK, None)
+    score = grade({"told": label, "counts": "unmet"}, judged("told", 0.0), judged("counts"), code, na=na)
+    assert score.value == 0.5
+    assert grade({"told": label}, judged("told", 0.0, veto=True), code, na="fail").value is None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,6 +91,43 @@ def test_mistakes_name_the_line(files: Path, capsys: pytest.CaptureFixture[str])
     (files / "rows.jsonl").write_text("\n")
     with pytest.raises(RecipeError, match="no rows"):
         read_rollouts(files / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--concurrency", "0"], "--concurrency 0"),
+        (["--judge", "os:sep"], "--judge os:sep"),
+        (["--judge", "my_score_judge:Kind.ask"], "has no attribute"),
+        (["--judge", "json:dumps"], "without arguments"),
+    ],
+)
+def test_options_that_cannot_work_are_named(
+    files: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["score", "r.toml", "rows.jsonl", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_check_that_a_rows_field_does_not_suit_is_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for check, name, field in (("min_words", "count", '"five"'), ("regex", "pattern", '"("')):
+        args = f'{{ {name} = "{{n}}" }}'
+        (files / "c.toml").write_text(
+            f'id = "c"\n[[criteria]]\nid = "a"\nkind = "code"\ncheck = "{check}"\nargs = {args}\n'
+        )
+        (files / "rows.jsonl").write_text(f'{{"response": "a word", "n": {field}}}\n')
+        assert main(["score", "c.toml", "rows.jsonl"]) == 2
+        assert f"criterion 'a': check '{check}' cannot use args" in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_is_printed_and_scored(files: Path) -> None:
+    (files / "c.toml").write_text('id = "c"\n[[criteria]]\nid = "a"\nkind = "code"\ncheck = "no_comma"\n')
+    (files / "rows.jsonl").write_text('{"id": "\\ud800", "response": "a \\ud800"}\n')
+    command = [sys.executable, "-m", "rewards.cli", "score", "c.toml", "rows.jsonl"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\ud800  " in done.stdout
 
 
 def test_a_failing_judge_leaves_its_row_unscored_and_the_others_alone(files: Path) -> None:

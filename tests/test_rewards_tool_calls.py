@@ -122,3 +122,14 @@ def test_words_in_the_text_may_be_anything() -> None:
 def test_unusable_tasks_are_a_recipe_error(info: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="info"):
         grade(tagged(("weather", {"city": "Oslo"})), **info)
+
+
+def test_a_call_that_fits_two_of_the_expected_leaves_the_other_call_its_place() -> None:
+    expected = [{"name": "f", "arguments": {"x": [1, 2]}}, {"name": "f", "arguments": {"x": [1]}}]
+    one, two, three = (ToolCall("f", {"x": x}) for x in (1, 2, 3))
+    assert same_calls([one, two], expected)
+    assert same_calls([two, one], expected)
+    assert same_calls([one, one], expected)
+    assert not same_calls([two, two], expected)
+    assert not same_calls([one, three], expected)
+    assert not same_calls([one], expected)

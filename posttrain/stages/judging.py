@@ -67,7 +67,8 @@ class Judging:
         )
         self._anchors = [self._named(task) for task in self._config.tasks.anchors()]
         self._pool = JudgePool(size=self._config.pool_size)
-        self._drawn: dict[int, JudgeTask] = {}
+        self._drawn: dict[int, JudgeTask | None] = {}
+        """By place; None where there was no prompt."""
         self._start: Mapping[str, float] | None = None
         self._empty = 0
         self._warned = False
@@ -82,19 +83,20 @@ class Judging:
     def job(self, number: int, job_id: str) -> GroupJob:
         """The judge prompt of a place in a step; the same one when it was drawn before the run was interrupted."""
         if number not in self._drawn:
-            task = self._draw(job_id)
-            if task is None:
-                self._empty += 1
-                return self._job(job_id, _NOBODY, num_rollouts=0)
-            self._drawn[number] = task
-        return self._job(job_id, self._drawn[number])
+            self._drawn[number] = self._draw(job_id)
+            self._empty += self._drawn[number] is None
+        task = self._drawn[number]
+        return self._job(job_id, _NOBODY, num_rollouts=0) if task is None else self._job(job_id, task)
 
     def state(self, pending: Sequence[int]) -> dict[str, Any]:
         """What a checkpoint needs of this, as JSON; ``pending`` are the numbers of jobs under way."""
         self._drawn = {number: task for number, task in self._drawn.items() if number in pending}
         return {
             "pool": self._pool.state(),
-            "drawn": {str(number): dataclasses.asdict(task) for number, task in self._drawn.items()},
+            "drawn": {
+                str(number): None if task is None else dataclasses.asdict(task) for number, task in self._drawn.items()
+            },
+            "empty": self._empty,
             "start": None if self._start is None else dict(self._start),
         }
 
@@ -202,7 +204,10 @@ class Judging:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self._pool.restore(saved["pool"])
-        self._drawn = {int(number): judge_task(data) for number, data in saved["drawn"].items()}
+        self._drawn = {
+            int(number): None if data is None else judge_task(data) for number, data in saved["drawn"].items()
+        }
+        self._empty = saved.get("empty", 0)
         self._start = saved["start"]
 
 
