@@ -27,7 +27,7 @@ Failed = Callable[[OSError], None]
 _SYNC_EVERY_S = 1.0
 """How long records stay in the page cache at most when nobody waits for them."""
 _NAME = re.compile(r"(?P<writer>[A-Za-z0-9_.-]+)-(?P<life>\d+)-(?P<number>\d+)\.tokens")
-_LOCK_PATIENCE_S = 1.0
+_LOCK_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ class WriterLock:
     def __init__(self, folder: Path, writer: str) -> None:
         self._fd = os.open(_lock_path(folder, writer), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + _LOCK_PATIENCE_S
-        # Others may be asking ``writer_alive`` at this moment.
+        # The process before this one may not have ended yet, or others be asking ``writer_alive``.
         while not _try_lock(self._fd):
             if time.monotonic() > deadline:
                 os.close(self._fd)
