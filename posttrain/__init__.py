@@ -7,6 +7,6 @@ import os
 
 __version__ = "0.1.0"
 
-# PyTorch reads this at its first large allocation. Without huge pages a third of the time of reverse KL on a CPU goes by
-# while the kernel hands out memory in pieces of 4 KiB.
+# PyTorch reads this at its first large allocation. Without huge pages a third of the time of reverse KL on a CPU goes
+# by while the kernel hands out memory in pieces of 4 KiB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
