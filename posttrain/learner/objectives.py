@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from posttrain.config import GRPO, Distill
-from posttrain.divergence import reverse_kl_sum
+from posttrain.divergence import divergence_sum
 from posttrain.errors import RecipeError
 from posttrain.learner.logprobs import token_logprobs
 from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
@@ -137,7 +137,7 @@ class DistillObjective:
         head_VE = self.head_of(batch.teacher).to(device)
         hidden_NE = torch.cat([self._teacher_states(sample) for sample in batch.samples]).to(device)
         weight_S = torch.tensor([sample.weight for sample in batch.samples], device=device)
-        loss, kl_N = reverse_kl_sum(
+        loss, kl_N = divergence_sum(
             student.hidden_ND,
             student.head_VD,
             hidden_NE.to(head_VE.dtype),
