@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from posttrain.divergence import Divergence
+
 
 def sampled_token_advantages(teacher_logprobs_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
     """``sg[log pi_T(y_t) - log pi_theta(y_t)]``, [N]: MOPD's advantage (MiMo-V2-Flash), also of GLM-5 and Nemotron.
@@ -32,7 +34,7 @@ def gated_policy_gradient(
 
 
 def bucket_divergence(
-    student_NB: torch.Tensor, teacher_NB: torch.Tensor, divergence: str = "reverse_kl", beta: float = 0.5
+    student_NB: torch.Tensor, teacher_NB: torch.Tensor, divergence: Divergence = "reverse_kl", beta: float = 0.5
 ) -> torch.Tensor:
     """Divergence in nats over buckets, [N], from log-probabilities [N, B] that sum to one; the kinds are those of
     ``posttrain.divergence``.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from posttrain.config import Distill
-from posttrain.divergence import reverse_kl_sum
+from posttrain.divergence import Divergence, divergence_sum
 from posttrain.learner.distill_losses import bucket_divergence, gated_policy_gradient, sampled_token_advantages
 from posttrain.learner.logprobs import bucket_logprobs, token_logprobs, top_k_logprobs
 from posttrain.learner.losses import Metrics
@@ -90,17 +90,20 @@ class DistillObjective:
         return (weight_S / lengths_S)[batch.segment_ids] / totals.num_samples
 
     def _full_vocabulary(
-        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor, divergence: str
+        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor, divergence: Divergence
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and divergence [N]."""
-        return reverse_kl_sum(
+        return divergence_sum(
             student.hidden_ND,
             student.head_VD,
             teacher.hidden_NE,
             teacher.head_VE,
+            divergence=divergence,
+            beta=self.config.jsd_beta,
             weights_N=weights_N,
             temperature=self.config.temperature,
             chunk_tokens=self.config.loss_chunk_tokens,
+            teacher_logit_cap=teacher.logit_cap,
         )
 
     def _sampled_token(
