@@ -40,6 +40,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
         _check_specialist(recipe, name, domain)
+        if isinstance(recipe.distill, Distill):
+            _check_distill(name, domain, recipe.distill)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
     if isinstance(recipe.distill, MixedRL):
@@ -187,6 +189,16 @@ def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
             f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
             f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
             "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
+        )
+
+
+def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+    temperature = domain.sampling.temperature
+    if config.loss == "sampled_token" and temperature != config.temperature:
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "
+            f"{config.temperature}, distill.temperature, since the advantages of tokens that another distribution drew "
+            "do not average to the KL; make both equal"
         )
 
 
