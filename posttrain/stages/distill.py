@@ -50,7 +50,8 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    with config.teachers.open(everyone, student_path=session.base_path, probes=probes) as opened:
+    states = stage.path / "states"
+    with config.teachers.open(everyone, student_path=session.base_path, probes=probes, folder=states) as opened:
         objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
         if first == 0:
             check_self_distillation(learner, objective, opened, probes[ITSELF])
