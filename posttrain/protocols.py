@@ -410,8 +410,15 @@ class ArrayStore(Protocol):
 class StateStore(Protocol):
     """Keeps hidden states between the teacher's forward pass and the learner's use of them."""
 
-    def put(self, key: str, states: torch.Tensor) -> None:
-        """Keep one [L, D] bf16 tensor (loss positions only). A second put of a key replaces the first."""
+    def put(self, key: str, states: torch.Tensor, *, origin: str = "") -> None:
+        """Keep one [L, D] bf16 tensor (loss positions only). A second put of a key replaces the first.
+
+        ``origin`` says what they were computed from: equal texts mean equal states.
+        """
+        ...
+
+    def holds(self, key: str, *, origin: str = "") -> bool:
+        """Whether whole states of this origin are there, perhaps left by an earlier process."""
         ...
 
     def get(self, key: str) -> torch.Tensor:
@@ -434,7 +441,8 @@ class OpenTeachers(Protocol):
     def cache_states(self, samples: Sequence[Sample]) -> None:
         """Run each sample's teacher over it and store the states that predict its loss tokens.
 
-        Teachers are visited one after another.
+        Teachers are visited one after another. A sample whose states are in the store already, from the same teacher
+        and the same tokens, is not run again.
         """
         ...
 
@@ -456,10 +464,16 @@ class TeacherLibrary(Protocol):
         ...
 
     def open(
-        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+        self,
+        teachers: Mapping[str, Teacher],
+        *,
+        student_path: str,
+        probes: Mapping[str, Sequence[IntArray]],
+        folder: Path | None = None,
     ) -> AbstractContextManager[OpenTeachers]:
         """Check every teacher against the student, then open them. Raises ``RecipeError``.
 
-        ``probes`` are, by teacher, a few token sequences of its domain to check it on.
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on. ``folder`` is where states may
+        lie, for a later process that goes on from here.
         """
         ...
