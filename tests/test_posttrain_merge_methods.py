@@ -214,7 +214,7 @@ def test_off_policy_the_specialists_play_and_a_killed_run_goes_on(start_merge, t
     for name, letter in (("vowels", "a"), ("digits", "7")):
         right = [letter in rollout["conversation"][-1]["content"] for rollout in said[name]]
         other = [letter in rollout["conversation"][-1]["content"] for n in said if n != name for rollout in said[n]]
-        assert sum(right) / len(right) > sum(other) / len(other) + 0.3, (name, right, other)
+        assert sum(right) / len(right) > sum(other) / len(other) + 0.1, (name, right, other)
 
 
 @pytest.mark.slow
