@@ -163,9 +163,16 @@ class Distill(Value):
     importance_bounds: tuple[float, float] = (0.5, 5.0)
     """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
     outside of them (MiMo-V2-Flash; the values are IcePop's)."""
-    divergence: Literal["reverse_kl"] = "reverse_kl"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
+    arXiv 2306.13649). ``sampled_token`` estimates the first only."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both logits."""
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
+    rollout more weight."""
     rollouts_from: Literal["student", "teachers"] = "student"
     """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
     data: each domain's specialist plays its tasks."""
@@ -182,6 +189,15 @@ class Distill(Value):
             raise RecipeError(
                 f"distill.importance_bounds = {self.importance_bounds}: expected a lower bound in [0, 1] and an upper "
                 "one >= 1, since the weight of a token drawn by the current policy is 1; change them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_token_shows_one_divergence(self) -> Self:
+        if self.loss == "sampled_token" and self.divergence != "reverse_kl":
+            raise RecipeError(
+                f"distill.divergence = {self.divergence!r} with loss = 'sampled_token': expected 'reverse_kl', the "
+                "only divergence whose gradient a token drawn by the student estimates; change one of them"
             )
         return self
 
