@@ -87,6 +87,14 @@ def mixed_rl(distill: Distill, rate: float | None, recipe: Recipe) -> Value:
     )
 
 
+def long_mixed_rl(distill: Distill, rate: float | None, recipe: Recipe) -> Value:
+    """The same with the rollouts that the specialists were trained on besides."""
+    stages = [domain.grpo for domain in recipe.domains.values() if domain.grpo is not None]
+    rollouts = sum(grpo.max_steps * grpo.groups_per_step * grpo.num_generations for grpo in stages)
+    steps = distill.max_steps + rollouts // distill.rollouts_per_step
+    return mixed_rl(distill.replace(max_steps=steps), rate, recipe)
+
+
 METHODS = {
     OURS: Method(label="full-vocabulary OPD, reverse KL", build=distilled()),
     "forward_kl": Method(label="full-vocabulary OPD, forward KL", build=distilled(divergence="forward_kl")),
@@ -102,6 +110,9 @@ METHODS = {
     "ties": Method(label="TIES", build=lambda *_: Ties()),
     "full_vocabulary_from_sft": Method(label="full-vocabulary OPD from SFT mean", build=distilled(), from_sft=True),
     "mixed_rl_from_sft": Method(label="mixed RL from SFT mean", build=mixed_rl, from_sft=True, by_reward=True),
+    "long_mixed_rl_from_sft": Method(
+        label="mixed RL from SFT mean, specialists' rollouts too", build=long_mixed_rl, from_sft=True, by_reward=True
+    ),
 }
 
 
