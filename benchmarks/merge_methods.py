@@ -45,6 +45,9 @@ from teachers.sources import HFTeacher
 console = Console(width=140)
 OURS = "full_vocabulary"
 GOAL = 0.95
+PROBE = "distance-"
+PROBED = 256
+"""Rollouts, over all domains, on which the student's KL to its teachers is measured; of training tasks."""
 GROUP = 8
 """Rollouts of a task in mixed RL."""
 INK, HIGHLIGHT, PLAIN = "#24292F", "#009E73", "#6E7781"
@@ -165,6 +168,11 @@ class Study:
         scores = self.out / "reference" / "stages" / "evaluate" / "scores"
         shutil.copytree(scores, RunDir(chosen).stage("evaluate").path / "scores", dirs_exist_ok=True)
         self._run(chosen.name, self._recipe_of(name, self._rate_of(name, chosen)))
+        # Before its first update a distillation says how far its student is from the teachers.
+        still = self.distill.optim.replace(learning_rate=1e-12)
+        step = self.distill.replace(max_steps=1, rollouts_per_step=PROBED, optim=still)
+        model = self.recipe.model.replace(path=str(RunDir(chosen).stage("distill").final.resolve()))
+        self._run(f"{PROBE}{chosen.name}", self.recipe.replace(distill=step, model=model), stop_before="evaluate")
 
     def chosen_run(self, name: str) -> Path:
         """The run of a method: the one whose learning rate did best in training."""
@@ -326,6 +334,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         _table(heads, [kept[index] for index in order]),
         _table(["held-out score", *domains], scores),
         _table(["score less that of full-vocabulary OPD", *domains], over) if over else "",
+        _table(
+            ["KL(student, teacher) on the student's answers, nats a token", *domains],
+            [[row["label"], *(f"{row['domains'][d]['kl']:.4f}" for d in domains)] for row in results["methods"]],
+        ),
         _table([*cost_heads, *(f"{d}: tokens an answer (cut off)" for d in domains)], costs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
