@@ -60,6 +60,9 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    chat: Literal["template", "v4"] = "template"
+    """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
+    calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
 class Optim(Value):
