@@ -247,7 +247,9 @@ class Evaluation(Value):
     num_tasks: Positive = 200
     """Held-out tasks per domain."""
     num_samples: Positive = 4
-    """Sampled rollouts per task, besides one greedy rollout."""
+    """Sampled rollouts per task."""
+    greedy: bool = True
+    """Whether each task is played once with greedy decoding, too."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     bootstrap_resamples: Positive = 2000
 
