@@ -454,10 +454,11 @@ class TeacherLibrary(Protocol):
         ...
 
     def open(
-        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]] | None
     ) -> AbstractContextManager[OpenTeachers]:
         """Check every teacher against the student, then open them. Raises ``RecipeError``.
 
-        ``probes`` are, by teacher, a few token sequences of its domain to check it on.
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on; None where another process
+        has checked them.
         """
         ...

@@ -33,13 +33,13 @@ class SwapOnDemand:
 
     @contextlib.contextmanager
     def open(
-        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]] | None
     ) -> Iterator[PooledTeachers]:
         """See ``posttrain.protocols.TeacherLibrary.open``."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_teachers(
-            teachers, student=HFTeacher(student_path), probes=probes, memory_mb=self.memory_mb, device=device
-        )
+        if probes is not None:
+            student = HFTeacher(student_path)
+            check_teachers(teachers, student=student, probes=probes, memory_mb=self.memory_mb, device=device)
         with TeacherPool(teachers, memory_mb=self.memory_mb, device=device) as pool:
             yield PooledTeachers(pool, MemoryStore())
 

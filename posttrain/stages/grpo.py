@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from posttrain.config import GRPO, Domain
-from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import GrpoObjective
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import GrpoSpec
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
@@ -44,12 +44,12 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     learner, position = session.open_learner(stage, start, config)
     first = position.step
     judging = Judging(session, stage, domain_name, position.judging) if domain.judge_training is not None else None
-    objective = GrpoObjective(
+    spec = GrpoSpec(
         config=config,
         max_completion_tokens=_max_completion_tokens(domain),
         temperature=domain.sampling.temperature,
-        reference=learner.reference if config.beta > 0 else None,
     )
+    objective = learner.open_objective(spec)
     session.send_policy(learner, version=first)
     stream = open_stream(session, stage, domain, position, judging)
     asks_policy = session.judged_by_policy(domain_name) or (judging is not None and judging.asks_policy)
@@ -177,7 +177,7 @@ def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class JudgeSnapshots:
     """The lagged policy snapshot that judges, kept on disk so that a resumed run has the same judge."""
 
-    def __init__(self, session: Session, learner: Learner, *, folder: Path) -> None:
+    def __init__(self, session: Session, learner: AnyLearner, *, folder: Path) -> None:
         self._session, self._learner, self._folder = session, learner, folder
 
     def restore(self, step: int, start: str) -> None:
