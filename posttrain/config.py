@@ -151,14 +151,52 @@ class Distill(Value):
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
-    divergence: Literal["reverse_kl"] = "reverse_kl"
+    loss: Literal["full_vocabulary", "sampled_token", "teacher_top_k"] = "full_vocabulary"
+    """``full_vocabulary`` is the exact divergence. The others are what is used elsewhere, to compare with:
+    ``sampled_token`` a policy gradient with log pi_T - log pi_theta of the token drawn as its advantage, in the form of
+    MiMo-V2-Flash (MOPD, arXiv 2606.30406); ``teacher_top_k`` the divergence over the teacher's ``top_k`` likeliest
+    tokens and one bucket for all others."""
+    top_k: Positive = 64
+    """Of ``teacher_top_k``; 64 as in NeMo-RL."""
+    advantage_clip: float | None = Field(default=5.0, gt=0)
+    """Bound of ``sampled_token``'s advantages, in nats (Kimi K3's R_max, whose value is not public); None for none."""
+    importance_bounds: tuple[float, float] = (0.5, 5.0)
+    """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
+    outside of them (MiMo-V2-Flash; the values are IcePop's)."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
+    arXiv 2306.13649). ``sampled_token`` estimates the first only."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both logits."""
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
+    rollout more weight."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive | None = None
     """Loss positions per [tokens x vocabulary] tile; None takes as many as fill 256 MiB, or 1 GiB on a GPU."""
     save_steps: Positive = 25
+
+    @model_validator(mode="after")
+    def _bounds_hold_one(self) -> Self:
+        low, high = self.importance_bounds
+        if not 0 <= low <= 1 <= high:
+            raise RecipeError(
+                f"distill.importance_bounds = {self.importance_bounds}: expected a lower bound in [0, 1] and an upper "
+                "one >= 1, since the weight of a token drawn by the current policy is 1; change them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_token_shows_one_divergence(self) -> Self:
+        if self.loss == "sampled_token" and self.divergence != "reverse_kl":
+            raise RecipeError(
+                f"distill.divergence = {self.divergence!r} with loss = 'sampled_token': expected 'reverse_kl', the "
+                "only divergence whose gradient a token drawn by the student estimates; change one of them"
+            )
+        return self
 
 
 class Evaluation(Value):

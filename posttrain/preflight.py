@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.config import Domain, Recipe
+from posttrain.config import Distill, Domain, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.protocols import Reward, Teacher, asks_policy
 from posttrain.types import Task
@@ -43,6 +43,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(
                 f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
             )
+        if recipe.distill is not None:
+            _check_distill(name, domain, recipe.distill)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
 
@@ -155,6 +157,16 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
             encode_demonstrations(demonstrations, chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
+
+
+def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+    temperature = domain.sampling.temperature
+    if config.loss == "sampled_token" and temperature != config.temperature:
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "
+            f"{config.temperature}, distill.temperature, since the advantages of tokens that another distribution drew "
+            "do not average to the KL; make both equal"
+        )
 
 
 def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task]) -> None:

@@ -183,7 +183,7 @@ class Rank:
         """Of the trained weights, bit by bit."""
         value = 0
         for parameter in self.learner.parameters():
-            value = zlib.crc32(memoryview(parameter.detach().cpu().contiguous().numpy()), value)
+            value = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, value)
         return value
 
     def close(self) -> None:

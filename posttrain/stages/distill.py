@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from posttrain.config import Distill, Domain, Recipe
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import RecipeError
+from posttrain.learner.distillation import DistillSpec
 from posttrain.learner.group import AnyLearner
-from posttrain.learner.objectives import DistillSpec, Objective
+from posttrain.learner.objectives import Objective
 from posttrain.models import load_tokenizer
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import Teacher
