@@ -86,12 +86,14 @@ class Sandbox(Protocol):
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
         ``cwd`` is relative to the workdir and reached without following links; ``FileNotFoundError`` and
-        ``NotADirectoryError`` as for a file. Whatever the payload does is a result; a box that is gone raises
-        ``SandboxLost``.
+        ``NotADirectoryError`` as for a file. A named ``user`` keeps its files from command to command, out of reach of
+        every other user and of commands without one (``ValueError`` for ``root``, ``Unsupported`` where there are no
+        users). Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
         """
         ...
 

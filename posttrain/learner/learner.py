@@ -285,7 +285,7 @@ def with_loss(samples: Sequence[Sample]) -> list[Sample]:
 @contextlib.contextmanager
 def _prepared(objective: Objective, samples: Sequence[Sample], tally: Tally) -> Iterator[None]:
     """Let the objective get ready for samples, and let go of them; what that cost goes into the tally."""
-    if not isinstance(objective, Prepares):
+    if not samples or not isinstance(objective, Prepares):
         yield
         return
     try:
