@@ -43,7 +43,7 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     config = domain.grpo
     learner, position = session.open_learner(stage, start, config)
     first = position.step
-    judging = Judging(session, stage, domain_name, position.judging) if domain.judge_training is not None else None
+    judging = Judging(session, stage, domain_name, position.kept) if domain.judge_training is not None else None
     objective = GrpoObjective(
         config=config,
         max_completion_tokens=_max_completion_tokens(domain),
