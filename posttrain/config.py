@@ -60,6 +60,9 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    chat: Literal["template", "v4"] = "template"
+    """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
+    calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
 class Optim(Value):
@@ -206,6 +209,9 @@ class Distill(Value):
     """Weight of the exact KL to the model at the start of the stage."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps that rollouts may run ahead of the learner, as in ``GRPO``."""
+    rollouts_from: Literal["student", "teachers"] = "student"
+    """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
+    data: each domain's specialist plays its tasks."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive | None = None
@@ -250,6 +256,42 @@ class Distill(Value):
                 "only divergence whose gradient a token drawn by the student estimates; change one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _samples_its_own_tokens(self) -> Self:
+        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+            raise RecipeError(
+                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
+                "whose tokens its advantages are of; change one of the two"
+            )
+        return self
+
+
+class WeightAverage(Value):
+    """No training: the mean of the specialists' weights (model soups, arXiv 2203.05482), by ``Domain.weight``."""
+
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the mean task vector, specialist minus base (task arithmetic, arXiv 2212.04089); 1 is the mean."""
+
+
+class Ties(Value):
+    """No training: TIES-merging (arXiv 2306.01708). Of each task vector, specialist minus base, the largest entries are
+    kept; each weight moves by the mean, by ``Domain.weight``, of those with the sign of their sum."""
+
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of entries kept of each task vector."""
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the merged task vector (lambda in the paper)."""
+
+
+class MixedRL(Value):
+    """One GRPO run over the tasks and rewards of all domains, in place of a merge (V3.2's last stage).
+
+    It starts from the base, as the student of a distillation does. Judge prompts take no part in it.
+    """
+
+    grpo: GRPO
+    """``groups_per_step`` are over all domains; each domain's share follows its ``share``."""
 
 
 class Evaluation(Value):
@@ -372,7 +414,8 @@ class Recipe(Value):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     model: Model
     domains: Mapping[str, Domain] = Field(min_length=1)
-    distill: Distill | None = None
+    distill: Distill | WeightAverage | Ties | MixedRL | None = None
+    """How the student comes to be. Distillation is the method; the others are there to compare it with."""
     evaluation: Evaluation = Evaluation()
     workers: Workers = Workers()
     substrate: Substrate | None = None
