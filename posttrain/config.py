@@ -259,10 +259,18 @@ class Distill(Value):
 
     @model_validator(mode="after")
     def _samples_its_own_tokens(self) -> Self:
-        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+        asked = {
+            "loss = 'sampled_token'": self.loss == "sampled_token",
+            "reward_coef": self.reward_coef > 0,
+            "max_staleness": self.max_staleness > 0,
+            "rescale_domains": self.rescale_domains,
+            "teachers in its schedule": any(mixture.teachers for mixture in self.schedule.values()),
+        }
+        wanted = [name for name, is_wanted in asked.items() if is_wanted]
+        if wanted and self.rollouts_from == "teachers":
             raise RecipeError(
-                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
-                "whose tokens its advantages are of; change one of the two"
+                f"distill.rollouts_from = 'teachers' with {wanted[0]}: expected rollouts of the student, whose tokens "
+                "it is about; change one of the two"
             )
         return self
 
@@ -426,7 +434,7 @@ class Recipe(Value):
 
     @model_validator(mode="after")
     def _scheduled_domains_exist(self) -> Self:
-        if self.distill is None or not self.distill.schedule:
+        if not isinstance(self.distill, Distill) or not self.distill.schedule:
             return self
         shares = {name: domain.share for name, domain in self.domains.items()}
         for step, mixture in sorted(self.distill.schedule.items()):

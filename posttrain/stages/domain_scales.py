@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
+
+from posttrain.types import Sample
 
 _BOUNDS = (0.25, 4.0)
 _MEMORY = 0.9
@@ -24,7 +27,8 @@ class DomainScales:
         """As ``state`` saved them; new ones from None."""
         return cls({name: list(moments) for name, moments in (kept or {}).get("log_ratio_moments", {}).items()})
 
-    def state(self) -> dict[str, Any]:
+    def state(self, pending: Sequence[int] = ()) -> dict[str, Any]:
+        """What a checkpoint keeps, whatever is under way."""
         return {"log_ratio_moments": self.moments}
 
     def factors(self) -> dict[str, float]:
@@ -37,14 +41,19 @@ class DomainScales:
             factors[name] = min(max(ratio, _BOUNDS[0]), _BOUNDS[1])
         return factors
 
-    def take(self, metrics: dict[str, float], tokens: Mapping[str, int]) -> dict[str, float]:
-        """Take a step's moments out of its metrics, given its loss tokens by domain; what to report of them."""
+    def take(self, metrics: dict[str, float], samples: Sequence[Sample]) -> dict[str, float]:
+        """Take a step's moments out of its metrics; what to report instead: the scales it was learned with, and the
+        new deviations."""
+        report = {f"domain_scale/{name}": factor for name, factor in self.factors().items()}
+        tokens: Counter[str] = Counter()
+        for sample in samples:
+            tokens[sample.domain] += sample.num_loss_tokens
         for name, count in tokens.items():
             mean, square = metrics.pop(f"log_ratio/{name}"), metrics.pop(f"log_ratio_sq/{name}")
             new = [float(count), mean * count, square * count]
             old = self.moments.get(name, new)
             self.moments[name] = [_MEMORY * a + (1 - _MEMORY) * b for a, b in zip(old, new, strict=True)]
-        return {f"log_ratio_std/{name}": _std(moments) for name, moments in self.moments.items()}
+        return report | {f"log_ratio_std/{name}": _std(moments) for name, moments in self.moments.items()}
 
 
 def _std(moments: list[float]) -> float:

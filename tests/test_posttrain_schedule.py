@@ -19,10 +19,12 @@ from posttrain.rollout.samples import distill_samples
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rundir import RunDir
-from posttrain.stages.distill import open_stream, planned_tasks
-from posttrain.stages.mixtures import DomainScales, phases, scheduled_teachers, tasks_per_step
+from posttrain.stages.distill import open_groups
+from posttrain.stages.domain_scales import DomainScales
+from posttrain.stages.mixture import split
+from posttrain.stages.schedule import phases, planned_tasks, scheduled_teachers
 from posttrain.stages.session import Position, Session
-from posttrain.types import Group, Route
+from posttrain.types import Group, Route, Sample, TokenArrays, Tokens
 from teachers.sources import HFTeacher
 from tests.test_posttrain_arrays import rollout_of
 from tests.test_posttrain_stream import Service
@@ -64,14 +66,14 @@ def test_steps_have_as_many_tasks_as_asked_for_whatever_the_shares() -> None:
     rng = np.random.default_rng(0)
     for total, size in itertools.product((4, 7, 64), (1, 3, 4)):
         given = {str(i): float(share) for i, share in enumerate(rng.exponential(size=size) ** 4)}
-        found = tasks_per_step(given | {"none": 0.0}, total)
+        found = split(given | {"none": 0.0}, total)
         assert sum(found.values()) == total
         assert found["none"] == 0
         for name, share in given.items():
             exact = total * share / sum(given.values())
             assert found[name] >= 1
             assert found[name] == 1 or found[name] < exact + 1
-    assert tasks_per_step({"a": 1.0, "b": 1.0, "c": 1.0}, 2) == {"a": 1, "b": 1, "c": 1}
+    assert split({"a": 1.0, "b": 1.0, "c": 1.0}, 2) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_a_recipe_refuses_a_schedule_that_cannot_be(tiny_model: str) -> None:
@@ -114,11 +116,11 @@ def test_a_stage_that_goes_on_asks_for_what_was_left_with_the_routes_it_had(chan
     recipe, config = changing
     config = config.replace(max_staleness=staleness)
     planned = list(planned_tasks(recipe, config))
-    assert len(planned) == 5 * 8
+    assert [len(step) for step in planned] == [8] * 5
 
     def start(name: str, position: Position):
         session = session_of(recipe, tmp_path / name, Routing(order=lambda waiting: waiting[-1]))
-        return open_stream(session, session.run.stage("distill"), config, position)
+        return open_groups(session, session.run.stage("distill"), config, position, {})
 
     whole = start("whole", Position(step=0))
     steps = [taken(whole.take()) for _ in range(5)]
@@ -126,8 +128,7 @@ def test_a_stage_that_goes_on_asks_for_what_was_left_with_the_routes_it_had(chan
     assert sorted(id for step in steps for id, _ in step) == sorted(f"distill/{n // 8}/{n % 8}" for n in range(40))
     for id, route in itertools.chain(*steps):
         step, index = map(int, id.split("/")[1:])
-        assert planned[8 * step + index][0] == step
-        assert route == planned[8 * step + index][2]
+        assert route == planned[step][index][1]
 
     broken_off = start("whole-again", Position(step=0))
     for step in range(2):
@@ -141,7 +142,7 @@ def test_samples_of_both_mixtures_share_a_step_while_rollouts_run_ahead(changing
     recipe, config = changing
     rng = np.random.default_rng(0)
     session = session_of(recipe, tmp_path / "run", Routing(order=lambda waiting: waiting[rng.integers(len(waiting))]))
-    stream = open_stream(session, session.run.stage("distill"), config.replace(max_staleness=2), Position(step=0))
+    stream = open_groups(session, session.run.stage("distill"), config.replace(max_staleness=2), Position(step=0), {})
     found = []
     for _ in range(5):
         groups = stream.take()
@@ -152,6 +153,11 @@ def test_samples_of_both_mixtures_share_a_step_while_rollouts_run_ahead(changing
     assert set.union(*found) == {("digits", 1.0), ("digits@2", 0.5)}
 
 
+def sample_of_domain(name: str, num_loss_tokens: int) -> Sample:
+    arrays = TokenArrays.unsampled(np.zeros(num_loss_tokens + 1, np.int32))
+    return Sample(id=name, task_id=name, domain=name, tokens=Tokens.of(arrays))
+
+
 def test_domains_are_scaled_by_the_spread_of_what_their_teachers_say() -> None:
     rng = np.random.default_rng(1)
     spoken = {"wide": rng.normal(0.3, 4.0, 500), "narrow": rng.normal(-0.2, 1.0, 1500), "silent": np.zeros(10)}
@@ -160,7 +166,7 @@ def test_domains_are_scaled_by_the_spread_of_what_their_teachers_say() -> None:
         metrics |= {f"log_ratio/{name}": values.mean(), f"log_ratio_sq/{name}": (values**2).mean()}
     scales = DomainScales()
     assert scales.factors() == {}
-    reported = scales.take(metrics, {name: len(values) for name, values in spoken.items()})
+    reported = scales.take(metrics, [sample_of_domain(name, len(values)) for name, values in spoken.items()])
     assert metrics == {"loss": 1.0}
     assert reported == pytest.approx({f"log_ratio_std/{name}": values.std() for name, values in spoken.items()})
     whole = np.concatenate(list(spoken.values())).std()
@@ -168,7 +174,7 @@ def test_domains_are_scaled_by_the_spread_of_what_their_teachers_say() -> None:
     assert scales.factors() == pytest.approx(expected)
     restored = DomainScales.restore(json.loads(json.dumps(scales.state())))
     for each in (scales, restored):
-        each.take({"log_ratio/wide": 0.0, "log_ratio_sq/wide": 1e6}, {"wide": 500})
+        each.take({"log_ratio/wide": 0.0, "log_ratio_sq/wide": 1e6}, [sample_of_domain("wide", 500)])
     assert restored.factors() == scales.factors()
     assert scales.factors()["wide"] >= 0.25
     assert scales.factors()["narrow"] == 4.0
