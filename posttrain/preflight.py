@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_training(name, domain, chat, seed=recipe.seed)
         _check_specialist(recipe, name, domain)
         if isinstance(recipe.distill, Distill):
-            _check_distill(name, domain, recipe.distill)
+            _check_distill(name, domain, recipe.distill, chat)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
     if isinstance(recipe.distill, MixedRL):
@@ -190,8 +190,22 @@ def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
         )
 
 
-def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+def _check_distill(name: str, domain: Domain, config: Distill, chat: ConversationFormat) -> None:
+    for mixture in config.schedule.values():
+        if name in mixture.teachers:
+            _check_teacher(name, mixture.teachers[name], chat)
+    if config.reward_coef > 0 and asks_policy(domain.reward):
+        raise RecipeError(
+            f"domains.{name}.reward asks the policy itself, with distill.reward_coef = {config.reward_coef}: expected "
+            "a reward with another judge, since a distillation keeps no snapshot that judges; set its judge, or "
+            "reward_coef to 0"
+        )
     temperature = domain.sampling.temperature
+    if temperature == 0 and (config.reward_coef > 0 or config.max_staleness > 0 or config.rescale_domains):
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = 0: expected a temperature > 0 with distill.reward_coef, "
+            "max_staleness or rescale_domains, which need the probabilities tokens were drawn with; set it to 1"
+        )
     if config.loss == "sampled_token" and temperature != config.temperature:
         raise RecipeError(
             f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "

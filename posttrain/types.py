@@ -619,6 +619,16 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Whom a rollout is distilled from; decided when it is asked for, since both may change while it is played."""
+
+    teacher: str
+    """Name of the teacher."""
+    weight: float = 1.0
+    """Its weight w_i in the OPD objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The rollouts of one task with their scores, index by index."""
 
@@ -626,6 +636,8 @@ class Group:
     rollouts: tuple[AnyRollout, ...]
     """Whole where they were played, light where their group has gone to."""
     scores: tuple[Score, ...]
+    route: Route | None = None
+    """Of a distillation."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.scores):

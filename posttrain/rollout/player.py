@@ -33,6 +33,7 @@ from posttrain.types import (
     Message,
     Request,
     Rollout,
+    Route,
     Sampling,
     Score,
     ScoreStatus,
@@ -72,6 +73,8 @@ class GroupJob:
     """Who plays, where several play under the same rollout ids so as to draw the same random numbers."""
     variants: tuple[Task, ...] = ()
     """Forms of the task that its rollouts play in turn; none: the task itself."""
+    route: Route | None = None
+    """Handed on to the group."""
 
     def form(self, rollout: int) -> Task:
         """What the rollout of this index plays."""
@@ -175,10 +178,10 @@ class Player:
         scored = await asyncio.gather(*(self._rollout(job, i, stage) for i in range(job.num_rollouts)))
         rollouts = tuple(rollout for rollout, _ in scored)
         if isinstance(job.play.reward, GroupReward):
-            return index, Group(
-                task=job.task, rollouts=rollouts, scores=await self._score_group(job.play.reward, rollouts)
-            )
-        return index, Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
+            scores = await self._score_group(job.play.reward, rollouts)
+        else:
+            scores = tuple(score for _, score in scored)
+        return index, Group(task=job.task, rollouts=rollouts, scores=scores, route=job.route)
 
     async def _rollout(self, job: GroupJob, index: int, stage: _Stage) -> tuple[Rollout, Score]:
         """One rollout and its score, from the record if it is there."""
