@@ -60,6 +60,9 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    chat: Literal["template", "v4"] = "template"
+    """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
+    calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
 class Optim(Value):
@@ -163,9 +166,19 @@ class Distill(Value):
     importance_bounds: tuple[float, float] = (0.5, 5.0)
     """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
     outside of them (MiMo-V2-Flash; the values are IcePop's)."""
-    divergence: Literal["reverse_kl"] = "reverse_kl"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
+    arXiv 2306.13649). ``sampled_token`` estimates the first only."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both logits."""
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
+    rollout more weight."""
+    rollouts_from: Literal["student", "teachers"] = "student"
+    """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
+    data: each domain's specialist plays its tasks."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive | None = None
@@ -182,6 +195,51 @@ class Distill(Value):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_token_shows_one_divergence(self) -> Self:
+        if self.loss == "sampled_token" and self.divergence != "reverse_kl":
+            raise RecipeError(
+                f"distill.divergence = {self.divergence!r} with loss = 'sampled_token': expected 'reverse_kl', the "
+                "only divergence whose gradient a token drawn by the student estimates; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_its_own_tokens(self) -> Self:
+        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+            raise RecipeError(
+                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
+                "whose tokens its advantages are of; change one of the two"
+            )
+        return self
+
+
+class WeightAverage(Value):
+    """No training: the mean of the specialists' weights (model soups, arXiv 2203.05482), by ``Domain.weight``."""
+
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the mean task vector, specialist minus base (task arithmetic, arXiv 2212.04089); 1 is the mean."""
+
+
+class Ties(Value):
+    """No training: TIES-merging (arXiv 2306.01708). Of each task vector, specialist minus base, the largest entries are
+    kept; each weight moves by the mean, by ``Domain.weight``, of those with the sign of their sum."""
+
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of entries kept of each task vector."""
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the merged task vector (lambda in the paper)."""
+
+
+class MixedRL(Value):
+    """One GRPO run over the tasks and rewards of all domains, in place of a merge (V3.2's last stage).
+
+    It starts from the base, as the student of a distillation does. Judge prompts take no part in it.
+    """
+
+    grpo: GRPO
+    """``groups_per_step`` are over all domains; each domain's share follows its ``share``."""
+
 
 class Evaluation(Value):
     """Held-out comparison of base, SFT, specialist and student."""
@@ -189,7 +247,9 @@ class Evaluation(Value):
     num_tasks: Positive = 200
     """Held-out tasks per domain."""
     num_samples: Positive = 4
-    """Sampled rollouts per task, besides one greedy rollout."""
+    """Sampled rollouts per task."""
+    greedy: bool = True
+    """Whether each task is played once with greedy decoding, too."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     bootstrap_resamples: Positive = 2000
 
@@ -303,7 +363,8 @@ class Recipe(Value):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     model: Model
     domains: Mapping[str, Domain] = Field(min_length=1)
-    distill: Distill | None = None
+    distill: Distill | WeightAverage | Ties | MixedRL | None = None
+    """How the student comes to be. Distillation is the method; the others are there to compare it with."""
     evaluation: Evaluation = Evaluation()
     workers: Workers = Workers()
     substrate: Substrate | None = None

@@ -6,15 +6,11 @@ import importlib.util
 import itertools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from posttrain.config import Distill, Domain, Recipe
+from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import Reward, Teacher, asks_policy
+from posttrain.protocols import ConversationFormat, Playable, Reward, Teacher, asks_policy
 from posttrain.types import Task
-
-if TYPE_CHECKING:
-    from posttrain.conversation.chat import ChatFormat
 
 PROBED_TASKS = 64
 """Training tasks looked at; a source may be endless."""
@@ -22,11 +18,11 @@ PROBED_TASKS = 64
 
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
-    from posttrain.conversation.chat import ChatFormat
-    from posttrain.models import context_window, load_tokenizer, resolve_path
+    from posttrain.conversation.formats import open_format
+    from posttrain.models import base_path, context_window, load_tokenizer
 
-    base = resolve_path(recipe.model.path)
-    chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
+    base = base_path(recipe.model.path, recipe.model.chat)
+    chat, window = open_format(load_tokenizer(base)), context_window(base)
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
     if recipe.workers.engine == "vllm":
@@ -34,19 +30,20 @@ def check_recipe(recipe: Recipe) -> None:
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(name, domain, task, window=window, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+            _check_window(
+                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
+            )
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
-        if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
-            raise RecipeError(
-                f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
-            )
-        if recipe.distill is not None:
+        _check_specialist(recipe, name, domain)
+        if isinstance(recipe.distill, Distill):
             _check_distill(name, domain, recipe.distill)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
+    if isinstance(recipe.distill, MixedRL):
+        _check_mixture(recipe)
 
 
 def _check_vllm(recipe: Recipe) -> None:
@@ -61,15 +58,45 @@ def _check_vllm(recipe: Recipe) -> None:
         )
 
 
-def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
+def _check_specialist(recipe: Recipe, name: str, domain: Domain) -> None:
+    """A merge needs something to merge from each domain, and all but on-policy distillation a checkpoint."""
+    method = recipe.distill
+    if method is None or isinstance(method, MixedRL):
+        return
+    if domain.teacher is None and domain.sft is None and domain.grpo is None:
+        raise RecipeError(
+            f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
+        )
+    on_policy = isinstance(method, Distill) and method.rollouts_from == "student"
+    if domain.teacher is not None and not on_policy and not isinstance(domain.teacher, Playable):
+        needs = "rollouts_from = 'teachers'" if isinstance(method, Distill) else type(method).__name__
+        raise RecipeError(
+            f"domains.{name}.teacher = {domain.teacher!r:.100}: expected for distill with {needs} a teacher that is a "
+            "checkpoint by itself; merge an adapter into its base, or distill on the student's rollouts"
+        )
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    assert isinstance(recipe.distill, MixedRL)
+    temperatures = {name: domain.sampling.temperature for name, domain in recipe.domains.items()}
+    if len(set(temperatures.values())) > 1:
+        raise RecipeError(
+            f"domains.*.sampling.temperature = {temperatures}: expected for distill with MixedRL one temperature for "
+            "all domains, since one loss compares their probabilities; change them"
+        )
+    for name, domain in recipe.domains.items():
+        _check_sampling(name, domain, recipe.distill.grpo)
+
+
+def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
     """Find now what would otherwise stop the merge, after all specialists were trained."""
-    from posttrain.conversation.chat import ChatFormat
+    from posttrain.conversation.formats import open_format
     from posttrain.models import load_tokenizer
 
     # Reading the fingerprint opens the checkpoint's files.
     _ = teacher.fingerprint
     tokenizer_path = getattr(teacher, "tokenizer_path", None)
-    if tokenizer_path is not None and ChatFormat(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
+    if tokenizer_path is not None and open_format(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
         raise RecipeError(
             f"domains.{name}.teacher = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
             "expected the same, since distillation compares token ids; choose a teacher of the model's family"
@@ -130,25 +157,14 @@ def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_
         )
 
 
-def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -> None:
+def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed: int) -> None:
     if domain.environment.max_turns > 1:
         try:
             chat.encode_observations(({"role": "tool", "content": "?"},))
         except RecipeError as error:
             raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
     if domain.grpo is not None:
-        sampling = domain.sampling
-        if sampling.temperature == 0:
-            raise RecipeError(
-                f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
-                "equal rollouts teaches nothing; set it to 1"
-            )
-        if sampling.truncates and not domain.grpo.keep_sampling_mask:
-            raise RecipeError(
-                f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
-                f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
-                "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
-            )
+        _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
 
@@ -157,6 +173,21 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
             encode_demonstrations(demonstrations, chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
+
+
+def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
+    sampling = domain.sampling
+    if sampling.temperature == 0:
+        raise RecipeError(
+            f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
+            "equal rollouts teaches nothing; set it to 1"
+        )
+    if sampling.truncates and not grpo.keep_sampling_mask:
+        raise RecipeError(
+            f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
+            f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
+            "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
+        )
 
 
 def _check_distill(name: str, domain: Domain, config: Distill) -> None:
@@ -194,6 +225,8 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     num_judges = max(
         d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
+    if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
+        num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)
     num_models = max(0, num_stages - finished_stages) + num_judges
     return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
 

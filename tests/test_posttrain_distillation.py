@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from posttrain.divergence.reference import divergence_reference
 from posttrain.learner.distill_losses import bucket_divergence, gated_policy_gradient, sampled_token_advantages
 from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.logprobs import bucket_logprobs, top_k_logprobs
-from tests.test_posttrain_learner import distill_objective, make_learner, make_samples, tiny_llama
+from tests.test_posttrain_learner import distill_objective, make_learner, make_samples, tiny_llama, token_ids
 
 N, D, V, K = 7, 6, 19, 4
 
@@ -202,3 +203,64 @@ def test_bounds_that_leave_out_the_current_policy_are_refused() -> None:
     samples = make_samples(tiny_llama(), count=2, teachers=("a",))
     with pytest.raises(ValueError, match=r"importance_bounds = \(1.5, 2.0\)"):
         with_loss(distill_objective(samples, {"a": tiny_llama()}), "sampled_token", importance_bounds=(1.5, 2.0))
+
+
+@pytest.mark.parametrize("loss", ["full_vocabulary", "teacher_top_k"])
+def test_every_direction_of_the_divergence_is_trained_on(loss: str) -> None:
+    """With as many buckets as tokens both losses are the same, in value and gradient, and each direction another."""
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    objective = distill_objective(samples, {"a": tiny_llama(seed=3)})
+    cap = {"logit_cap_of": lambda _: 1.5}
+    norms = {}
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        changes = {"divergence": divergence, "jsd_beta": 0.3, "top_k": 10_000}
+        for capped in (False, True):
+            chosen = replace(with_loss(objective, loss, **changes), **(cap if capped else {}))
+            learner = make_learner(tiny_llama())
+            found = learner.update(samples, chosen)
+            with torch.no_grad():
+                expected = [
+                    reference(tiny_llama(), objective, sample, divergence, 1.5 if capped else None)
+                    for sample in samples
+                ]
+            assert found["kl"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+            norms[divergence, capped] = found["grad_norm"]
+    assert len({round(norm, 3) for norm in norms.values()}) == len(norms)
+
+
+def reference(model, objective: DistillObjective, sample, divergence, cap) -> torch.Tensor:
+    """The divergence at each loss token in float64, from whole logits."""
+    hidden = model.get_decoder()(token_ids(sample, model)).last_hidden_state[0, :-1]
+    return divergence_reference(
+        hidden[torch.tensor(sample.load().loss_mask[1:])],
+        model.lm_head.weight,
+        objective.states.get(sample.id),
+        objective.head_of(sample.teacher),
+        divergence=divergence,
+        beta=0.3,
+        teacher_logit_cap=cap,
+    )
+
+
+@pytest.mark.parametrize("loss", ["full_vocabulary", "sampled_token", "teacher_top_k"])
+def test_the_mean_is_over_tokens_or_over_rollouts_of_their_token_means(loss: str) -> None:
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    objective = with_loss(distill_objective(samples, {"a": tiny_llama(seed=3)}), loss)
+    by_rollout = with_loss(objective, loss, reduction="sequence")
+    alone = [make_learner(tiny_llama()).update([sample], objective)["loss"] for sample in samples]
+    lengths = [sample.num_loss_tokens for sample in samples]
+    whole, split = (make_learner(tiny_llama(), budget=size).update(samples, by_rollout) for size in (4096, 40))
+    assert whole["loss"] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    assert (split["loss"], split["grad_norm"]) == pytest.approx((whole["loss"], whole["grad_norm"]), rel=1e-4)
+    by_token = make_learner(tiny_llama()).update(samples, objective)["loss"]
+    mean = sum(a * n for a, n in zip(alone, lengths, strict=True)) / sum(lengths)
+    assert by_token == pytest.approx(mean, rel=1e-4)
+
+
+def test_an_evaluation_is_exact_whatever_is_trained_on() -> None:
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    objective = distill_objective(samples, {"a": tiny_llama(seed=3)})
+    exact = make_learner(tiny_llama()).update(samples, objective)["kl"]
+    for changes in ({"loss": "sampled_token"}, {"loss": "teacher_top_k"}, {"divergence": "jsd"}):
+        chosen = replace(objective, config=objective.config.replace(**changes))
+        assert make_learner(tiny_llama()).evaluate(samples, chosen)["kl"] == pytest.approx(exact, rel=1e-5)

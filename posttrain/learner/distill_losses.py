@@ -5,7 +5,11 @@ Shape letters: ``N`` loss tokens, ``B`` buckets: the teacher's k likeliest token
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from posttrain.divergence import Divergence
 
 
 def sampled_token_advantages(teacher_logprobs_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
@@ -29,11 +33,23 @@ def gated_policy_gradient(
     return -weight_N * advantages_N * logprobs_N, weight_N
 
 
-def bucket_divergence(student_NB: torch.Tensor, teacher_NB: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) in nats over buckets, [N], from log-probabilities [N, B] that sum to one.
+def bucket_divergence(
+    student_NB: torch.Tensor, teacher_NB: torch.Tensor, divergence: Divergence = "reverse_kl", beta: float = 0.5
+) -> torch.Tensor:
+    """Divergence in nats over buckets, [N], from log-probabilities [N, B] that sum to one; the kinds are those of
+    ``posttrain.divergence``.
 
-    Never negative and never more than the KL over all tokens, to which it grows with the number of buckets. Without
-    the bucket of the rest the sum over a teacher's top k is least where the student has no mass on them at all, and
-    falls below zero on the way (verl#5041, verl#7856).
+    Never negative and never more than the divergence over all tokens, to which it grows with the number of buckets.
+    Without the bucket of the rest the reverse KL of a teacher's top k is least where the student has little mass on
+    them at all, and falls below zero on the way, as the forward KL does (verl#5041, verl#7856).
     """
-    return (student_NB.exp() * (student_NB - teacher_NB)).sum(-1)
+    if divergence == "reverse_kl":
+        return _kl(student_NB, teacher_NB)
+    if divergence == "forward_kl":
+        return _kl(teacher_NB, student_NB)
+    mixture_NB = torch.logaddexp(student_NB + math.log1p(-beta), teacher_NB + math.log(beta))
+    return beta * _kl(teacher_NB, mixture_NB) + (1 - beta) * _kl(student_NB, mixture_NB)
+
+
+def _kl(log_a_NB: torch.Tensor, log_b_NB: torch.Tensor) -> torch.Tensor:
+    return (log_a_NB.exp() * (log_a_NB - log_b_NB)).sum(-1)

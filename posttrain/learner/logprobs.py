@@ -25,7 +25,7 @@ _FORBIDDEN = -1e20
 its share of the entropy and of the gradient, p log p."""
 
 
-def token_logprobs(
+def token_logprobs(  # noqa: PLR0913 - a model, its tokens, and how the distribution is made of them
     hidden_ND: torch.Tensor,
     head_VD: torch.Tensor,
     targets_N: torch.Tensor,
@@ -33,6 +33,7 @@ def token_logprobs(
     kept_ids_K: torch.Tensor | None = None,
     kept_offsets_N1: torch.Tensor | None = None,
     temperature: float = 1.0,
+    logit_cap: float | None = None,
     chunk_tokens: int = 512,
     want_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -41,7 +42,7 @@ def token_logprobs(
     The product runs in the autocast type where autocast is on and in ``hidden``'s type otherwise; the softmax, the
     sums and the results are float32 (float64 for float64 input). Both outputs are differentiable in ``hidden`` and
     ``head``; the gradient of the head is accumulated in float32 over the chunks. Apply a model's own logit scaling
-    to ``hidden`` beforehand; soft-capped logits are not covered.
+    to ``hidden`` beforehand; ``logit_cap`` c makes c tanh(logit / c) of each logit, before the temperature.
 
     Token i whose ``kept_ids_K[kept_offsets_N1[i] : kept_offsets_N1[i + 1]]`` is not empty has ``p``, and so its
     entropy, over those ids alone, which must hold its target; ids and offsets come together.
@@ -69,7 +70,7 @@ def token_logprobs(
     device = hidden_ND.device.type
     compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     logprobs, entropy = _ChunkedLogprobs.apply(
-        hidden_ND, head_VD, targets_N.long(), kept, 1.0 / temperature, chunk_tokens, want_entropy, compute_dtype
+        hidden_ND, head_VD, targets_N.long(), kept, temperature, logit_cap, chunk_tokens, want_entropy, compute_dtype
     )
     return logprobs, entropy
 
@@ -109,15 +110,10 @@ def top_k_logprobs(
     head, k = _exact(head_VD), min(k, len(head_VD) - 1)
     ids, logprobs = [], []
     for chunk in _chunks(len(hidden_ND), chunk_tokens):
-        logits_CV = capped(_exact_logits(hidden_ND[chunk], head), logit_cap).mul_(1.0 / temperature)
+        logits_CV = _capped(_exact_logits(hidden_ND[chunk], head), logit_cap).mul_(1.0 / temperature)
         ids.append(logits_CV.topk(k).indices)
         logprobs.append(_buckets(logits_CV, ids[-1]))
     return torch.cat(ids), torch.cat(logprobs)
-
-
-def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """``cap tanh(logits / cap)``, in place; None leaves the logits as they are."""
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +157,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         head_VD: torch.Tensor,
         targets_N: torch.Tensor,
         kept: _Kept | None,
-        inverse_temperature: float,
+        temperature: float,
+        logit_cap: float | None,
         chunk_tokens: int,
         want_entropy: bool,
         compute_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # An entropy that is only logged then gets no gradient of zeros, which would cost a pass over the vocabulary.
         ctx.set_materialize_grads(False)
-        ctx.inverse_temperature, ctx.chunk_tokens, ctx.compute_dtype = inverse_temperature, chunk_tokens, compute_dtype
+        ctx.temperature, ctx.logit_cap, ctx.chunk_tokens = temperature, logit_cap, chunk_tokens
+        ctx.compute_dtype = compute_dtype
         ctx.kept = kept
         accumulate = torch.promote_types(compute_dtype, torch.float32)
         logprobs_N = hidden_ND.new_empty(len(hidden_ND), dtype=accumulate)
@@ -176,7 +174,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = head_VD.to(compute_dtype)
             for index, chunk in enumerate(_chunks(len(hidden_ND), chunk_tokens)):
-                logits_CV = _logits(hidden_ND[chunk], head, inverse_temperature)
+                logits_CV = _logits(hidden_ND[chunk], head, temperature, logit_cap)
                 if kept is not None:
                     logits_CV = kept.restrict(logits_CV, index)
                 log_z_N[chunk] = logits_CV.logsumexp(-1)
@@ -196,19 +194,21 @@ class _ChunkedLogprobs(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             head = head_VD.to(ctx.compute_dtype)
             for index, chunk in enumerate(_chunks(len(hidden_ND), ctx.chunk_tokens)):
-                logits_CV = _logits(hidden_ND[chunk], head, ctx.inverse_temperature)
+                logits_CV = _logits(hidden_ND[chunk], head, ctx.temperature, ctx.logit_cap)
+                slope_CV = None if ctx.logit_cap is None else 1 - (logits_CV * (ctx.temperature / ctx.logit_cap)) ** 2
                 if ctx.kept is not None:
                     logits_CV = ctx.kept.restrict(logits_CV, index)
                 logp_CV = logits_CV - log_z_N[chunk, None]
                 chunk_grads = [None if grad is None else grad[chunk] for grad in grads_N]
                 grad_CV = _logits_gradient(logp_CV, targets_N[chunk], entropy_N[chunk], *chunk_grads)
-                grad_CV = (grad_CV * ctx.inverse_temperature).to(ctx.compute_dtype)
+                grad_CV = grad_CV * (1.0 / ctx.temperature)
+                grad_CV = (grad_CV if slope_CV is None else grad_CV * slope_CV).to(ctx.compute_dtype)
                 if grad_hidden is not None:
                     grad_hidden[chunk] = (grad_CV @ head).to(grad_hidden.dtype)
                 if grad_head is not None:
                     grad_head += grad_CV.T @ hidden_ND[chunk].to(ctx.compute_dtype)
         grad_head = None if grad_head is None else grad_head.to(head_VD.dtype)
-        return grad_hidden, grad_head, None, None, None, None, None, None
+        return grad_hidden, grad_head, *([None] * 7)
 
 
 class _BucketLogprobs(torch.autograd.Function):
@@ -294,9 +294,16 @@ def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, start + chunk_tokens)
 
 
-def _logits(hidden_CD: torch.Tensor, head_VD: torch.Tensor, inverse_temperature: float) -> torch.Tensor:
+def _logits(
+    hidden_CD: torch.Tensor, head_VD: torch.Tensor, temperature: float, logit_cap: float | None
+) -> torch.Tensor:
     logits_CV = hidden_CD.to(head_VD.dtype) @ head_VD.T
-    return logits_CV.to(torch.promote_types(head_VD.dtype, torch.float32)) * inverse_temperature
+    return _capped(logits_CV.to(torch.promote_types(head_VD.dtype, torch.float32)), logit_cap) * (1.0 / temperature)
+
+
+def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """``cap tanh(logits / cap)``, in place; None leaves the logits as they are."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _logits_gradient(
