@@ -60,6 +60,9 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    chat: Literal["template", "v4"] = "template"
+    """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
+    calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
 class Optim(Value):
@@ -244,7 +247,9 @@ class Evaluation(Value):
     num_tasks: Positive = 200
     """Held-out tasks per domain."""
     num_samples: Positive = 4
-    """Sampled rollouts per task, besides one greedy rollout."""
+    """Sampled rollouts per task."""
+    greedy: bool = True
+    """Whether each task is played once with greedy decoding, too."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     bootstrap_resamples: Positive = 2000
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -206,12 +207,13 @@ class DistillSpec:
     """By name, as ``Sample.teacher`` has it."""
     student_path: str
     probes: Mapping[str, Sequence[IntArray]]
-    """As for ``posttrain.protocols.TeacherLibrary.open``."""
+    """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
+    folder: Path | None = None
 
     @contextlib.contextmanager
     def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
         library, probes = self.config.teachers, self.probes if check else None
-        with library.open(self.teachers, student_path=self.student_path, probes=probes) as opened:
+        with library.open(self.teachers, student_path=self.student_path, probes=probes, folder=self.folder) as opened:
             yield DistillObjective(config=self.config, states=opened.store, head_of=opened.head, teachers=opened)
 
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from posttrain.config import Distill, Domain
-from posttrain.conversation.chat import ChatFormat
+from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
 from posttrain.learner.distillation import DistillSpec
 from posttrain.learner.group import AnyLearner
@@ -51,7 +51,13 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    spec = DistillSpec(config=config, teachers=everyone, student_path=session.base_path, probes=probes)
+    spec = DistillSpec(
+        config=config,
+        teachers=everyone,
+        student_path=session.base_path,
+        probes=probes,
+        folder=stage.path / "states",
+    )
     objective = learner.open_objective(spec)
     if first == 0:
         check_self_distillation(learner, objective, probes[ITSELF])
@@ -118,9 +124,9 @@ def check_self_distillation(learner: AnyLearner, objective: Objective, probes: S
 
 def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:
     """A few encoded prompts of a domain, for the start-up checks of its teacher."""
-    chat = ChatFormat(load_tokenizer(session.base_path))
+    chat = open_format(load_tokenizer(session.base_path))
     tasks = itertools.islice(domain.tasks.train(seed=session.recipe.seed), count)
-    return [chat.encode_prompt(task.prompt) for task in tasks]
+    return [chat.at(task.effort).encode_prompt(task.prompt) for task in tasks]
 
 
 def jobs_of_steps(

@@ -15,7 +15,7 @@ from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.group import AnyLearner, LearnerSpec, open_learner
-from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
+from posttrain.models import base_path, compute_dtype, context_window, load_model, load_tokenizer
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
 from posttrain.rollout.player import GroupJob, Play
@@ -70,7 +70,7 @@ class Session:
 
     @cached_property
     def base_path(self) -> str:
-        return resolve_path(self.recipe.model.path)
+        return base_path(self.recipe.model.path, self.recipe.model.chat)
 
     @cached_property
     def dtype(self) -> torch.dtype:
