@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
     if recipe.workers.engine == "vllm":
         _check_vllm(recipe)
+    if recipe.workers.num_learners > 1:
+        _check_learners(recipe)
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
@@ -86,6 +89,23 @@ def _check_mixture(recipe: Recipe) -> None:
         )
     for name, domain in recipe.domains.items():
         _check_sampling(name, domain, recipe.distill.grpo)
+
+
+def _check_learners(recipe: Recipe) -> None:
+    import torch
+
+    count, devices = recipe.workers.num_learners, torch.cuda.device_count()
+    available, what = (devices, "GPUs") if devices else (len(os.sched_getaffinity(0)), "cores")
+    if count > available:
+        raise RecipeError(
+            f"workers.num_learners = {count} but this machine offers {available} {what}; expected at most one learner "
+            "process for each; lower it"
+        )
+    if isinstance(recipe.distill, Distill) and getattr(recipe.distill.teachers, "states", None) == "ray":
+        raise RecipeError(
+            f"workers.num_learners = {count} and distill.teachers.states = 'ray': only the first learner process is "
+            "connected to Ray; set distill.teachers.states to files"
+        )
 
 
 def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:

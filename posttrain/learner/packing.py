@@ -164,12 +164,12 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
 
 
 def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
-    """Shares of about as many tokens each, for learner processes of which each meets few teachers.
+    """Shares of about equally many tokens for learner processes, each with few teachers.
 
-    Teachers are laid out by name over the ranks, so that a rank has the same ones as long as the mixture is the same
-    and at most ``num_ranks - 1`` of them are on two ranks more than once; within a teacher longer samples go first, to
-    the rank with most room. Depends on the set of samples, not on their order. With fewer samples than ranks some
-    shares are empty.
+    Teachers are laid out over the ranks by name: a rank keeps its teachers while the mixture stays the same, and all
+    ranks together meet about ``num_ranks - 1`` teachers more than there are. Within a teacher longer samples go first,
+    to the rank with most room. The shares depend on the set of samples, not on their order; with fewer samples than
+    ranks some are empty.
     """
     by_teacher: dict[str, list[Sample]] = {}
     for sample in samples:
