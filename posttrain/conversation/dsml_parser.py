@@ -198,6 +198,8 @@ class TurnParser:
         self._reasoning, self._content, self._value = list[str](), list[str](), list[str]()
         self._name, self._arguments = "", dict[str, Any]()
         self._key, self._is_string, self._exact = "", True, True
+        self._line_ends = False
+        """Whether the line break that V4 puts behind the newest tag may still come."""
 
     def feed(self, text: str) -> list[Event]:
         """Read some more text."""
@@ -383,12 +385,18 @@ class TurnParser:
     def _tag(self, *kinds: str) -> tuple[str, Any]:
         """Which tag comes next, with its match: as V4 writes it, else as it may be meant, which is a repair. ``wait``
         or ``none``, without a match, when that is not certain yet or none does."""
+        if self._line_ends:
+            if not self._text and not self._final:
+                return "wait", None
+            self._text = self._text.removeprefix("\n")
+            self._line_ends = False
         for table in (_STRICT,) if self._strict else (_STRICT, _LOOSELY):
             found = {kind: table[kind].match(self._text, partial=not self._final) for kind in kinds if kind in table}
             for kind, match in found.items():
                 if match is not None and not match.partial:
                     if table is _LOOSELY:
                         self._mend_tag(kind, match.groupdict())
+                        self._line_ends = kind in ("open", "invoke", "value end", "invoke end")
                     return ("invoke end" if kind == "empty" else kind), match
             if any(found.values()):
                 return "wait", None
