@@ -1,10 +1,9 @@
-"""What the learner minimises: GRPO and multi-teacher distillation, as functions of hidden states and a head.
+"""What the learner minimises, as a function of hidden states and a head. GRPO here, OPD in ``distillation``.
 
 An objective sees one packed micro-batch at a time and the totals of the whole mini-batch. It returns the
 micro-batch's share of the loss, so the shares of a mini-batch add up to the same number however it was packed.
 
-Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vocabulary, ``D`` student width,
-``E`` teacher width, ``L`` loss tokens of one sample.
+Shape letter: ``N`` loss tokens of the micro-batch.
 """
 
 from __future__ import annotations
@@ -15,15 +14,12 @@ from typing import Protocol
 
 import torch
 
-from posttrain.config import GRPO, Distill
-from posttrain.divergence import reverse_kl_sum
+from posttrain.config import GRPO
 from posttrain.errors import RecipeError
 from posttrain.learner.logprobs import token_logprobs
 from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
-from posttrain.protocols import StateStore
-from posttrain.types import Sample
 
 ROUNDING = 1e-5
 """Nats by which two float32 computations of one log-probability may differ."""
@@ -110,71 +106,3 @@ def without_rounding(behaviour_N: torch.Tensor, logprobs_N: torch.Tensor) -> tor
     """
     own_N = logprobs_N.detach()
     return torch.where((behaviour_N - own_N).abs() <= ROUNDING, own_N, behaviour_N)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillObjective:
-    """Multi-teacher on-policy distillation: the token mean of ``w KL(student || teacher)``, exact over the vocabulary.
-
-    DeepSeek-V4, Eq. 29, with one teacher per sample.
-    """
-
-    config: Distill
-    states: StateStore
-    """Teacher states by sample id: [L, E], one row per loss token, in order."""
-    head_of: Callable[[str], torch.Tensor]
-    """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
-
-    def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
-        """The batch's share of the distillation loss; metrics ``kl`` and ``kl/DOMAIN`` in nats per token, unweighted.
-
-        Raises ``ValueError`` for samples without teacher or with states of another length, and ``FloatingPointError``
-        when the divergence is not finite.
-        """
-        if batch.teacher is None:
-            raise ValueError(f"samples {list(batch.sample_ids)[:3]} name no teacher; distillation needs Sample.teacher")
-        device = student.hidden_ND.device
-        head_VE = self.head_of(batch.teacher).to(device)
-        hidden_NE = torch.cat([self._teacher_states(sample) for sample in batch.samples]).to(device)
-        weight_S = torch.tensor([sample.weight for sample in batch.samples], device=device)
-        loss, kl_N = reverse_kl_sum(
-            student.hidden_ND,
-            student.head_VD,
-            hidden_NE.to(head_VE.dtype),
-            head_VE,
-            weights_N=weight_S[batch.segment_ids] / totals.num_loss_tokens,
-            temperature=self.config.temperature,
-            chunk_tokens=self.config.loss_chunk_tokens,
-        )
-        _require_finite(kl_N, batch)
-        return loss, _kl_metrics(kl_N, batch)
-
-    def _teacher_states(self, sample: Sample) -> torch.Tensor:
-        states_LE = self.states.get(sample.id)
-        if len(states_LE) != sample.num_loss_tokens:
-            raise ValueError(
-                f"sample {sample.id!r}: {len(states_LE)} teacher states for {sample.num_loss_tokens} loss tokens; "
-                "expected one per loss token. Were the states made from the same sample?"
-            )
-        return states_LE
-
-
-def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:
-    bad_N = ~kl_N.isfinite()
-    if not bad_N.any():
-        return
-    samples = [batch.sample_ids[segment] for segment in batch.segment_ids[bad_N].unique().tolist()]
-    raise FloatingPointError(
-        f"the KL to teacher {batch.teacher!r} is not finite at {int(bad_N.sum())} of {len(kl_N)} loss tokens, in "
-        f"samples {samples}; look for non-finite states or weights of the teacher or the student"
-    )
-
-
-def _kl_metrics(kl_N: torch.Tensor, batch: PackedBatch) -> Metrics:
-    metrics: Metrics = {"kl": (kl_N.sum(), torch.tensor(float(len(kl_N))))}
-    domains = [sample.domain for sample in batch.samples]
-    for domain in sorted(set(domains)):
-        of_domain_S = torch.tensor([name == domain for name in domains], device=kl_N.device)
-        kl = kl_N[of_domain_S[batch.segment_ids]]
-        metrics[f"kl/{domain}"] = (kl.sum(), torch.tensor(float(len(kl))))
-    return metrics
