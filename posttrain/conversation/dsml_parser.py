@@ -138,6 +138,13 @@ def parse_turn(text: str, *, thinking: bool, strict: bool = True) -> ParsedTurn:
     return parser.turn
 
 
+def parse_shown(text: str, *, ended: bool = True, strict: bool = True) -> ParsedTurn:
+    """A turn as ``V4Format.decode`` shows it: from its first ``<think>`` on where it begins with reasoning, and without
+    its end, which it had when it ``ended``. ``MalformedTurn``."""
+    thinking = text.startswith(THINK)
+    return parse_turn(text.removeprefix(THINK) + EOS * ended, thinking=thinking, strict=strict)
+
+
 _BARS = "[\uff5c|\u2502\u2503\u2223\u2758\u01c0\u4e28\uffe8\u00a6]"
 _LOOSE = rf"(?P<token>{_BARS}{{1,2}} ?DSML ?{_BARS})"
 """The token or what looks like it."""
@@ -229,8 +236,11 @@ class TurnParser:
 
     def _in_reasoning(self) -> bool:
         found = self._until(_IN_REASONING, self._say_reasoning)
+        unclosed = f"the reasoning is never closed with {END_THINK}"
         if found is None:
-            return self._wait("think", f"the reasoning is never closed with {END_THINK}", in_call=False)
+            return self._wait("think", unclosed, in_call=False)
+        if found == EOS:
+            raise MalformedTurn("think", unclosed, in_call=False)
         if found != END_THINK:
             raise MalformedTurn("special", f"{found} is inside the reasoning", in_call=found == DSML)
         self._drop(len(found))

@@ -30,6 +30,7 @@ from posttrain.protocols import (
 from posttrain.types import (
     FinishReason,
     IntArray,
+    Message,
     Request,
     Rollout,
     Sampling,
@@ -135,6 +136,7 @@ class EpisodeClock:
 class _Transcript:
     """What is known of a rollout so far; survives a failure in the middle."""
 
+    prompt: tuple[Message, ...]
     turns: list[Turn] = field(default_factory=list)
     context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Tokens the next turn adds before the policy speaks."""
@@ -143,6 +145,13 @@ class _Transcript:
     def sequence(self) -> IntArray:
         said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
         return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+    def messages(self) -> list[Message]:
+        """The conversation up to what the policy said last."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.text}, *turn.observations]
+        return [*self.prompt, *said[: len(said) - len(self.turns[-1].observations)]]
 
 
 async def run_rollout(
@@ -161,7 +170,7 @@ async def run_rollout(
     on in the box it had.
     """
     started = time.monotonic()
-    transcript = _Transcript()
+    transcript = _Transcript(prompt=task.prompt)
     artifacts: dict[str, bytes] = {}
     error: str | None = None
     try:
@@ -235,7 +244,7 @@ async def _play_turn(
         transcript.stop = StopReason.LENGTH
     if observations is None:
         return False
-    transcript.context_ids = policy.chat.encode_observations(observations)
+    transcript.context_ids = policy.chat.encode_observations(observations, after=transcript.messages())
     return True
 
 
