@@ -389,18 +389,18 @@ def test_reasoning_is_forgotten_token_by_token():
     reasoning = form.tokenizer(f"think{END_THINK}", add_special_tokens=False)["input_ids"]
     end = form.tokenizer.get_vocab()[EOS]
     played = np.array([*form.encode_prompt(before[:1]), *reasoning, *spelled, end], np.int32)
-    kept = form.forget(played)
+    kept = form.forget(played, [user("v")], after=before)
     assert form.tokenizer.decode(kept) == form.render(before, generation_prompt=False).replace(
         f"{THINK}think{END_THINK}", END_THINK
     )
     assert kept[-4:].tolist() == [*spelled, end]
-    after = [user("v")]
-    assert form.forgets(after, after=before)
-    with pytest.raises(RecipeError, match="nothing can be appended"):
-        form.encode_observations(after, after=before)
-    assert not form.forgets([result("R")], after=before)
-    assert not form.forgets(after, after=[system("s", tools=TOOLS), *before])
-    assert not form.at(NON_THINK).forgets(after, after=before)
+    for still, observed, after in (
+        (form, [result("R")], before),
+        (form, [user("v")], [system("s", tools=TOOLS), *before]),
+        (form.at(NON_THINK), [user("v")], before),
+        (V4Format(form.tokenizer, drop_thinking=False), [user("v")], before),
+    ):
+        assert still.forget(played, observed, after=after) is None
 
 
 def test_a_demonstration_carries_loss_on_what_the_assistant_says_once():

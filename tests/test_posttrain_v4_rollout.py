@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -22,7 +22,7 @@ from posttrain.conversation.vocabulary import prepare_tokenizer
 from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.errors import RecipeError
 from posttrain.learner.sft import run_sft
-from posttrain.protocols import Sandbox
+from posttrain.protocols import Environment, Sandbox
 from posttrain.rollout.environments import SingleTurn, ToolCalling
 from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.tally import TALLY
@@ -98,7 +98,13 @@ class Looks:
         return Observation(f"saw {call.arguments}", {"f": b""} if call.name == "submit" else None)
 
 
-def play(texts: Sequence[str], *, task: Task | None = None, tools: Looks | None = None) -> tuple[Rollout, Says]:
+def play(
+    texts: Sequence[str],
+    *,
+    task: Task | None = None,
+    tools: Looks | None = None,
+    environment: Environment | None = None,
+) -> tuple[Rollout, Says]:
     engine = Says(texts)
     task = task or Task(id="t", domain="d", prompt=PROMPT, sandbox=SandboxSpec())
     player = Player(
@@ -110,7 +116,7 @@ def play(texts: Sequence[str], *, task: Task | None = None, tools: Looks | None 
         num_rollouts=1,
         seed=0,
         play=Play(
-            environment=ToolCalling(tools=tools or Looks(), form="dsml", max_turns=5),
+            environment=environment or ToolCalling(tools=tools or Looks(), form="dsml", max_turns=5),
             reward=DsmlFormat(),
             sampling=Sampling(max_tokens=600),
             max_sequence_tokens=10_000,
@@ -168,6 +174,59 @@ def test_handing_in_ends_the_episode_amid_other_calls():
 def test_a_turn_without_a_call_ends_the_episode(text):
     rollout, _ = play([text])
     assert (rollout.num_turns, rollout.stop) == (1, StopReason.FINISHED)
+
+
+@dataclass(frozen=True)
+class Interview:
+    """A user who asks on."""
+
+    questions: Sequence[str]
+    max_turns: int = 9
+
+    def start(self, task: Task, sandbox: Sandbox | None) -> Interviewer:
+        return Interviewer(iter(self.questions))
+
+
+@dataclass
+class Interviewer:
+    questions: Iterator[str]
+
+    async def respond(self, text: str) -> tuple[Message, ...] | None:
+        question = next(self.questions, None)
+        return None if question is None else ({"role": "user", "content": question},)
+
+    async def artifacts(self) -> Mapping[str, bytes]:
+        return {}
+
+
+def test_a_rollout_goes_on_without_the_reasoning_that_a_user_message_drops():
+    asked: tuple[Message, ...] = ({"role": "user", "content": "u"},)
+    said = [f"r{i}{END_THINK}c{i}{EOS}" for i in range(3)]
+    rollout, engine = play(said, task=Task(id="t", domain="d", prompt=asked), environment=Interview(["v", "w"]))
+    messages = list(asked)
+    for i, shown in enumerate(engine.shown):
+        assert shown.tolist() == chat().encode_prompt(messages).tolist()
+        answer: Message = {"role": "assistant", "content": f"c{i}", "reasoning": f"r{i}"}
+        messages += [answer, *rollout.turns[i].observations]
+    # Each turn carries loss in the sequence it was drawn in, and each sequence is what the policy saw and said.
+    arrays = rollout.tokens.load()
+    assert [turn.restarts for turn in rollout.turns] == [False, True, True]
+    parts = np.split(arrays.token_ids, np.cumsum(arrays.lengths)[:-1])
+    masks = np.split(arrays.loss_mask, np.cumsum(arrays.lengths)[:-1])
+    for shown, part, mask, text in zip(engine.shown, parts, masks, said, strict=True):
+        assert part[: len(shown)].tolist() == shown.tolist()
+        assert chat().tokenizer.decode(part[mask]) == text
+    assert rollout.num_generated == sum(map(np.sum, masks))
+
+
+def test_a_user_message_drops_nothing_where_tools_are_declared():
+    rollout, engine = play(
+        [f"r{END_THINK}c{EOS}", f"{END_THINK}d{EOS}"],
+        task=Task(id="t", domain="d", prompt=PROMPT),
+        environment=Interview(["v"]),
+    )
+    assert rollout.tokens.load().starts is None
+    assert chat().tokenizer.decode(engine.shown[1]).count(f"{THINK}r{END_THINK}c") == 1
 
 
 def score(*texts: str) -> tuple[float | None, str]:

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -140,11 +140,25 @@ class _Transcript:
     turns: list[Turn] = field(default_factory=list)
     context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Tokens the next turn adds before the policy speaks."""
+    restarts: bool = False
+    """Whether they are a new prompt in place of what came before."""
     stop: StopReason = StopReason.FINISHED
 
     def sequence(self) -> IntArray:
-        said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
+        """What the policy sees next."""
+        said: list[IntArray] = []
+        for turn in self.turns if not self.restarts else ():
+            said = [*([] if turn.restarts else said), turn.context_ids, turn.completion.token_ids]
         return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+    def observe(self, observations: Sequence[Message], chat: ConversationFormat) -> None:
+        """Make the next turn's context of what the world answered."""
+        after = self.messages()
+        self.context_ids, self.restarts = np.zeros(0, np.int32), False
+        remembered = chat.forget(self.sequence(), observations, after=after)
+        self.context_ids = chat.encode_observations(observations, after=after)
+        if remembered is not None:
+            self.context_ids, self.restarts = np.concatenate([remembered, self.context_ids]), True
 
     def messages(self) -> list[Message]:
         """The conversation up to what the policy said last."""
@@ -238,13 +252,14 @@ async def _play_turn(
             completion=completion,
             text=text,
             observations=observations or (),
+            restarts=transcript.restarts,
         )
     )
     if cut_off:
         transcript.stop = StopReason.LENGTH
     if observations is None:
         return False
-    transcript.context_ids = policy.chat.encode_observations(observations, after=transcript.messages())
+    transcript.observe(observations, policy.chat)
     return True
 
 
