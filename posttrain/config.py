@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from posttrain.conversation.effort import check_effort
 from posttrain.errors import RecipeError
 from posttrain.protocols import (
     Environment,
@@ -385,6 +386,18 @@ class JudgeTraining(Value):
     """The monitor's ``bias`` (mean score less the true share) above which the report warns of a lenient judge."""
 
 
+class Effort(Value):
+    """How one effort mode of a domain is played; what is None is the domain's own."""
+
+    sampling: Sampling | None = None
+    max_sequence_tokens: Positive | None = None
+    """Context window of the mode, prompt and all turns."""
+    length_penalty: Reward | None = None
+    """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
+    share: float = Field(default=1.0, gt=0)
+    """Relative share of the domain's tasks that are played in this mode, in stages that play each task in one."""
+
+
 class Domain(Value):
     """One skill: its tasks, how they are played and scored, and how its specialist is trained."""
 
@@ -405,6 +418,24 @@ class Domain(Value):
     """Relative share of this domain's rollouts in OPD."""
     max_sequence_tokens: Positive = 1024
     """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
+    efforts: Mapping[str, Effort] = {}
+    """How long to think, by mode of ``posttrain.conversation.effort``; empty leaves it to each task."""
+
+    @model_validator(mode="after")
+    def _efforts_are_known(self) -> Self:
+        for effort in self.efforts:
+            check_effort(effort)
+        return self
+
+    def sampling_at(self, effort: str | None) -> Sampling:
+        """How tokens are drawn in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.sampling if mode is None or mode.sampling is None else mode.sampling
+
+    def window_at(self, effort: str | None) -> int:
+        """The window of an episode in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.max_sequence_tokens if mode is None else mode.max_sequence_tokens or self.max_sequence_tokens
 
     @model_validator(mode="after")
     def _one_source_of_skill(self) -> Self:

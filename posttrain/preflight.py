@@ -164,10 +164,10 @@ def _judge_prompts(name: str, domain: Domain) -> list[Task]:
 
 
 def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
-    if prompt_tokens >= domain.max_sequence_tokens:
+    if prompt_tokens >= domain.window_at(task.effort):
         raise RecipeError(
             f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
-            f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
+            f"{domain.window_at(task.effort)}, which leaves no room to answer; raise "
             f"domains.{name}.max_sequence_tokens or drop the task"
         )
     if prompt_tokens >= window:

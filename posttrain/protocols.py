@@ -70,6 +70,11 @@ class ConversationFormat(Protocol):
         before them. ``RecipeError`` where nothing can be appended."""
         ...
 
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> IntArray | None:
+        """The tokens of the conversation ``after`` without what the format drops of it when these messages follow it;
+        None where it drops nothing. A rollout goes on from them as from a new prompt."""
+        ...
+
     def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
         """Token sequences to imitate, each with a mask that is True on what the assistant says, both [T]."""
         ...

@@ -190,6 +190,7 @@ class TeacherPool:
         digest = hashlib.sha256(self._fingerprints[name].encode())
         digest.update(arrays.token_ids.astype(np.int32).tobytes())
         digest.update(arrays.loss_mask.astype(np.bool_).tobytes())
+        digest.update(np.array(arrays.lengths, np.int64).tobytes())
         return digest.hexdigest()
 
     def _visiting_order(self, names: Iterable[str]) -> list[str]:
@@ -204,8 +205,10 @@ class TeacherPool:
     def _run(self, model: TeacherModel, samples: Sequence[_Asked], store: StateStore) -> None:
         for batch in length_batches([len(each.arrays) for each in samples], max_tokens=MAX_BATCH_TOKENS):
             asked = [samples[index] for index in batch]
-            states = model.hidden_states([each.arrays.token_ids for each in asked])
-            for each, states_TE in zip(asked, states, strict=True):
+            sequences = [np.split(each.arrays.token_ids, np.cumsum(each.arrays.lengths)[:-1]) for each in asked]
+            states = iter(model.hidden_states([sequence for split in sequences for sequence in split]))
+            for each, split in zip(asked, sequences, strict=True):
+                states_TE = torch.cat([next(states) for _ in split])
                 predicting = torch.from_numpy(np.flatnonzero(each.arrays.loss_mask) - 1)
                 kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
                 store.put(each.id, kept_LE, origin=each.origin)

@@ -60,6 +60,7 @@ def token_arrays(length: int, *, seed: int = 0, kept: bool = False) -> TokenArra
         logprobs=np.where(mask, -rng.random(length), np.nan).astype(np.float32),
         versions=np.where(mask, seed, -1).astype(np.int32),
         kept=KeptTokens.of(rows) if kept else None,
+        starts=np.array([0], np.int32) if kept and length else None,
     )
 
 
@@ -78,6 +79,13 @@ def test_tokens_come_out_of_a_store_as_they_went_in(store: LocalStore, length: i
     assert_same(tokens.load().parts(), arrays.parts())
     assert (tokens.num_tokens, tokens.num_loss_tokens) == (length, int(arrays.loss_mask.sum()))
     assert tokens.version_range == ((3, 3) if arrays.loss_mask.any() else None)
+
+
+@pytest.mark.parametrize("starts", [[1], [0, 3, 3], [0, 5], [0, 2]])
+def test_a_sequence_that_begins_where_none_can_is_named(starts: list[int]) -> None:
+    arrays = TokenArrays.unsampled(np.arange(5, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"starts|position 0"):
+        replace(arrays, starts=np.array(starts, np.int32))
 
 
 def rollout_of(name: str, *, tokens: int = 5, stop: StopReason = StopReason.FINISHED) -> Rollout:

@@ -99,10 +99,18 @@ class Session:
         spec = WorkerSpec(
             model_path=self.base_path,
             dtype=str(self.dtype).removeprefix("torch."),
-            max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
+            max_length=max(
+                domain.window_at(effort)
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             workers=self.recipe.workers,
             substrate=substrate,
-            truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            truncates=any(
+                domain.sampling_at(effort).truncates
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -130,11 +138,13 @@ class Session:
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
+        mode, sampling = domain.efforts.get(task.effort or ""), domain.sampling_at(task.effort)
         play = Play(
             environment=domain.environment,
             reward=self.reward(task.domain) if scored else None,
-            sampling=_greedy(domain.sampling) if greedy else domain.sampling,
-            max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
+            sampling=_greedy(sampling) if greedy else sampling,
+            max_sequence_tokens=min(domain.window_at(task.effort), self.window),
+            length_penalty=None if mode is None or not scored else mode.length_penalty,
         )
         return GroupJob(
             id=job_id,
