@@ -39,6 +39,11 @@ def check_recipe(recipe: Recipe) -> None:
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
+        if domain.grpo is not None and domain.grpo.sync_ref_model and recipe.model.lora is not None:
+            raise RecipeError(
+                f"domains.{name}.grpo.sync_ref_model is on with model.lora, whose reference is the model without its "
+                "adapters: expected one of the two; set sync_ref_model to false"
+            )
         if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
             raise RecipeError(
                 f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
@@ -178,12 +183,14 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
+    moves_reference = any(d.grpo is not None and d.grpo.sync_ref_model for d in recipe.domains.values())
+    checkpoint_bytes = 16 if moves_reference else 12
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
         d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
     num_models = max(0, num_stages - finished_stages) + num_judges
-    return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+    return num_parameters * (4 * num_models + 3 * checkpoint_bytes * trained) + (64 << 20)
 
 
 def _asks_policy(domain: Domain) -> bool:

@@ -25,7 +25,7 @@ from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import Objective
+from posttrain.learner.objectives import GrpoObjective, Objective, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
 from posttrain.types import Sample
@@ -111,8 +111,27 @@ class Learner:
         """The loss and the objective's metrics on one mini-batch, as ``update`` would find them; nothing changes."""
         return self._accumulate(plan_micro_batches(samples, self._budget), objective, Totals.of(samples))
 
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample], objective: GrpoObjective) -> dict[str, TokenStats]:
+        """What the policy of this moment says of the samples' loss tokens, by sample id, on the CPU."""
+        found: dict[str, TokenStats] = {}
+        trained = [sample for sample in samples if sample.num_loss_tokens]
+        for members in plan_micro_batches(trained, self._budget):
+            batch = PackedBatch.collate(members).to(self.device)
+            stats = objective.measure(self._policy.forward(batch), batch)
+            sizes = [sample.num_loss_tokens for sample in members]
+            rows = zip(stats.logprobs.cpu().split(sizes), stats.entropies.cpu().split(sizes), strict=True)
+            for sample_id, (logprobs, entropies) in zip(batch.sample_ids, rows, strict=True):
+                found[sample_id] = TokenStats(logprobs=logprobs, entropies=entropies)
+        return found
+
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``; checkpoints then hold it."""
+        self._policy.sync_reference(alpha)
+
     def reference(self, batch: PackedBatch) -> HeadInputs:
-        """States and head of the model as it was when this learner was made, without gradient.
+        """States and head of the reference, without gradient: the model as it was when this learner was made, or as
+        it was last synchronised.
 
         Raises ``ValueError`` unless the learner was built with ``keep_reference`` or LoRA.
         """
@@ -155,6 +174,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "rng": rng_state(),
+            "reference": self._policy.moved_reference(),
         }
         return save_checkpoint(root, step=self.step, state=state, caller=caller)
 
@@ -175,6 +195,7 @@ class Learner:
         self._optimizer.load_state_dict(checkpoint.state["optimizer"])
         self._scheduler.load_state_dict(checkpoint.state["scheduler"])
         set_rng_state(checkpoint.state["rng"])
+        self._policy.restore_reference(checkpoint.state.get("reference", {}))
         self.step = checkpoint.step
         return checkpoint.caller
 

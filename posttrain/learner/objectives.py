@@ -9,17 +9,18 @@ Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from posttrain.config import GRPO, Distill
 from posttrain.divergence import reverse_kl_sum
 from posttrain.errors import RecipeError
 from posttrain.learner.logprobs import token_logprobs
-from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
+from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss, high_entropy_mask
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
 from posttrain.protocols import StateStore
@@ -41,6 +42,15 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """What a policy says of the loss tokens of one sample, or of a micro-batch: [L] float32 each, without gradient."""
+
+    logprobs: torch.Tensor
+    entropies: torch.Tensor
+    """In nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoObjective:
     """Group relative policy optimisation on the samples' advantages."""
 
@@ -53,6 +63,10 @@ class GrpoObjective:
     """The model at the start of the stage, such as ``Learner.reference``; needed when ``beta`` is not 0."""
     chunk_tokens: int = 512
     """Loss positions per [tokens x vocabulary] tile."""
+    at_start: Mapping[str, TokenStats] = field(default_factory=dict)
+    """By sample id, on the CPU: what the policy at the start of the step says, where a term compares with it."""
+    entropy_threshold: float | None = None
+    """The policy loss acts on tokens whose entropy at the start of the step is at least this."""
 
     def __post_init__(self) -> None:
         if self.config.beta > 0 and self.reference is None:
@@ -61,12 +75,36 @@ class GrpoObjective:
                 "keep_reference=True and pass reference=learner.reference, or set beta to 0"
             )
 
+    @property
+    def compares_with_start(self) -> bool:
+        """Whether a step needs ``starting_at`` before its first update."""
+        return self.config.importance_sampling_correction is not None or self.config.top_entropy_quantile < 1.0
+
+    def starting_at(self, at_start: Mapping[str, TokenStats]) -> GrpoObjective:
+        """The objective of a step that starts with the policy that says this of its samples (``Learner.measure``)."""
+        entropies = [stats.entropies for stats in at_start.values()]
+        threshold = None
+        if self.config.top_entropy_quantile < 1.0 and entropies:
+            # NumPy's, as torch.quantile refuses more than 2^24 numbers.
+            threshold = float(np.quantile(torch.cat(entropies).numpy(), 1 - self.config.top_entropy_quantile))
+        return replace(self, at_start=at_start, entropy_threshold=threshold)
+
+    @torch.no_grad()
+    def measure(self, student: HeadInputs, batch: PackedBatch) -> TokenStats:
+        """What the policy says of a micro-batch's loss tokens."""
+        logprobs, entropies = self._logprobs(student, batch)
+        assert entropies is not None
+        return TokenStats(logprobs=logprobs, entropies=entropies)
+
     def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """GRPO's loss in the variant of ``config``; metrics are those of ``posttrain.learner.losses``."""
         logprobs, entropies = self._logprobs(student, batch)
+        old, high_entropy = self._from_start(batch, logprobs)
         tokens = PolicyTokens(
             logprobs=logprobs,
-            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs),
+            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs if old is None else old),
+            old_logprobs=old,
+            high_entropy=high_entropy,
             advantages=batch.advantages[batch.segment_ids],
             segment=batch.segment_ids,
             num_segments=len(batch.samples),
@@ -79,6 +117,27 @@ class GrpoObjective:
             max_completion_tokens=self.max_completion_tokens,
         )
         return grpo_loss(tokens, self.config, normaliser=normaliser)
+
+    def _from_start(
+        self, batch: PackedBatch, logprobs_N: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The old log-probabilities and the mask of high entropy, [N] each, where they are wanted."""
+        if not self.compares_with_start:
+            return None, None
+        missing = [sample_id for sample_id in batch.sample_ids if sample_id not in self.at_start]
+        if missing:
+            raise ValueError(
+                f"samples {missing[:3]}: unknown what the policy at the start of the step says of them; take the "
+                "step's objective from starting_at(learner.measure(samples, objective))"
+            )
+        stats = [self.at_start[sample_id] for sample_id in batch.sample_ids]
+        old = high_entropy = None
+        if self.config.importance_sampling_correction is not None:
+            old = without_rounding(torch.cat([each.logprobs for each in stats]).to(logprobs_N.device), logprobs_N)
+        if self.entropy_threshold is not None:
+            entropies_N = torch.cat([each.entropies for each in stats]).to(logprobs_N.device)
+            high_entropy = high_entropy_mask(entropies_N, self.entropy_threshold)
+        return old, high_entropy
 
     def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.config.beta == 0 or self.reference is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ class Policy:
         self.model = model
         self._dtype = dtype
         self._reference = _frozen_copy(model) if keep_reference and lora is None else None
+        self._reference_moved = False
         self._adapted = None if lora is None else _add_adapters(model, lora, seed)
         model.train()
 
@@ -74,6 +75,30 @@ class Policy:
             raise ValueError("this learner kept no reference; build it with keep_reference=True")
         return self._forward(self._reference, batch)
 
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``.
+
+        Raises ``RecipeError`` with adapters, whose reference is the model without them, and ``ValueError`` when no
+        reference was kept.
+        """
+        if self._adapted is not None:
+            raise RecipeError("sync_ref_model with model.lora: expected one of the two; set sync_ref_model to false")
+        reference = self._reference_weights()
+        for name, parameter in self.model.named_parameters():
+            reference[name].mul_(1 - alpha).add_(parameter, alpha=alpha)
+        self._reference_moved = True
+
+    def moved_reference(self) -> dict[str, torch.Tensor]:
+        """The reference's weights, for a checkpoint; empty while they are the start weights."""
+        return dict(self._reference_weights()) if self._reference_moved else {}
+
+    def restore_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put back what ``moved_reference`` gave."""
+        self._reference_moved = bool(weights)
+        for name, tensor in weights.items():
+            self._reference_weights()[name].copy_(tensor)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: all of them, or the adapters'."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -87,6 +112,11 @@ class Policy:
             plain = name.replace(".base_layer.", ".")
             tensor = parameter.detach()
             yield plain, tensor + deltas[plain] if plain in deltas else tensor
+
+    def _reference_weights(self) -> dict[str, torch.Tensor]:
+        if self._reference is None:
+            raise ValueError("this learner kept no reference; build it with keep_reference=True")
+        return {name: parameter.data for name, parameter in self._reference.named_parameters()}
 
     def _forward(self, model: PreTrainedModel, batch: PackedBatch) -> HeadInputs:
         with self._autocast():

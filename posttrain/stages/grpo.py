@@ -81,8 +81,7 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"
-            updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
-            metrics |= merge_updates(updates)
+            metrics |= learn(learner, objective, samples, seed=order)
             free_groups(groups)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step, advantages=advantages)
@@ -144,6 +143,19 @@ def open_stream(
 def _max_completion_tokens(domain: Domain) -> int:
     generated = domain.sampling.max_tokens * domain.environment.max_turns
     return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
+
+
+def learn(learner: Learner, objective: GrpoObjective, samples: Sequence[Sample], *, seed: str) -> dict[str, float]:
+    """All optimizer steps of one rollout batch, and its metrics."""
+    config = objective.config
+    if objective.compares_with_start:
+        objective = objective.starting_at(learner.measure(samples, objective))
+    updates = []
+    for minibatch in minibatches(samples, config, seed=seed):
+        updates.append(learner.update(minibatch, objective))
+        if config.sync_ref_model and learner.step % config.ref_model_sync_steps == 0:
+            learner.sync_reference(config.ref_model_mixup_alpha)
+    return merge_updates(updates)
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:
