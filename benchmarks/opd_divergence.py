@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds
-from posttrain.divergence import reverse_kl_sum
-from posttrain.divergence.reference import reverse_kl_reference
+from posttrain.divergence import divergence_sum
+from posttrain.divergence.reference import divergence_reference
 
 SHAPES = {
     "cpu": [(1024, 576, 49_152), (4096, 576, 49_152), (1024, 1024, 129_280), (1024, 2048, 151_936)],
@@ -82,7 +82,7 @@ def floor(case: Case) -> Callable[[], object]:
 
 
 def posttrain(case: Case) -> Callable[[], object]:
-    return _backward(case, lambda: reverse_kl_sum(*case.inputs)[0])
+    return _backward(case, lambda: divergence_sum(*case.inputs)[0])
 
 
 def naive(case: Case) -> Callable[[], object]:
@@ -133,10 +133,10 @@ def relative_error(device: str, dtype: torch.dtype) -> float:
     worst = 0.0
     for tokens, width, vocabulary in ((67, 576, 5_003), (130, 64, 49_152)):
         case = Case.random(tokens, width, vocabulary, device, dtype)
-        loss, kl = reverse_kl_sum(*case.inputs)
+        loss, kl = divergence_sum(*case.inputs)
         found = (kl, *torch.autograd.grad(loss, (case.hidden, case.head)))
         exact = [tensor.detach().double().requires_grad_() for tensor in (case.hidden, case.head)]
-        want_kl = reverse_kl_reference(*exact, case.teacher_hidden, case.teacher_head)
+        want_kl = divergence_reference(*exact, case.teacher_hidden, case.teacher_head)
         want = (want_kl, *torch.autograd.grad(want_kl.sum(), exact))
         worst = max(worst, *(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, want, strict=True)))
     return worst

@@ -193,14 +193,91 @@ class Distill(Value):
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
-    divergence: Literal["reverse_kl"] = "reverse_kl"
+    loss: Literal["full_vocabulary", "sampled_token", "teacher_top_k"] = "full_vocabulary"
+    """``full_vocabulary`` is the exact divergence. The others are what is used elsewhere, to compare with:
+    ``sampled_token`` a policy gradient with log pi_T - log pi_theta of the token drawn as its advantage, in the form of
+    MiMo-V2-Flash (MOPD, arXiv 2606.30406); ``teacher_top_k`` the divergence over the teacher's ``top_k`` likeliest
+    tokens and one bucket for all others."""
+    top_k: Positive = 64
+    """Of ``teacher_top_k``; 64 as in NeMo-RL."""
+    advantage_clip: float | None = Field(default=5.0, gt=0)
+    """Bound of ``sampled_token``'s advantages, in nats (Kimi K3's R_max, whose value is not public); None for none."""
+    importance_bounds: tuple[float, float] = (0.5, 5.0)
+    """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
+    outside of them (MiMo-V2-Flash; the values are IcePop's)."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
+    arXiv 2306.13649). ``sampled_token`` estimates the first only."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides both logits."""
+    reduction: Literal["token", "sequence"] = "token"
+    """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
+    rollout more weight."""
+    rollouts_from: Literal["student", "teachers"] = "student"
+    """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
+    data: each domain's specialist plays its tasks."""
     optim: Optim = Optim(learning_rate=2e-5)
     tokens_per_micro_batch: Positive = 4096
     loss_chunk_tokens: Positive | None = None
     """Loss positions per [tokens x vocabulary] tile; None takes as many as fill 256 MiB, or 1 GiB on a GPU."""
     save_steps: Positive = 25
+
+    @model_validator(mode="after")
+    def _bounds_hold_one(self) -> Self:
+        low, high = self.importance_bounds
+        if not 0 <= low <= 1 <= high:
+            raise RecipeError(
+                f"distill.importance_bounds = {self.importance_bounds}: expected a lower bound in [0, 1] and an upper "
+                "one >= 1, since the weight of a token drawn by the current policy is 1; change them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_token_shows_one_divergence(self) -> Self:
+        if self.loss == "sampled_token" and self.divergence != "reverse_kl":
+            raise RecipeError(
+                f"distill.divergence = {self.divergence!r} with loss = 'sampled_token': expected 'reverse_kl', the "
+                "only divergence whose gradient a token drawn by the student estimates; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_its_own_tokens(self) -> Self:
+        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+            raise RecipeError(
+                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
+                "whose tokens its advantages are of; change one of the two"
+            )
+        return self
+
+
+class WeightAverage(Value):
+    """No training: the mean of the specialists' weights (model soups, arXiv 2203.05482), by ``Domain.weight``."""
+
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the mean task vector, specialist minus base (task arithmetic, arXiv 2212.04089); 1 is the mean."""
+
+
+class Ties(Value):
+    """No training: TIES-merging (arXiv 2306.01708). Of each task vector, specialist minus base, the largest entries are
+    kept; each weight moves by the mean, by ``Domain.weight``, of those with the sign of their sum."""
+
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Share of entries kept of each task vector."""
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the merged task vector (lambda in the paper)."""
+
+
+class MixedRL(Value):
+    """One GRPO run over the tasks and rewards of all domains, in place of a merge (V3.2's last stage).
+
+    It starts from the base, as the student of a distillation does. Judge prompts take no part in it.
+    """
+
+    grpo: GRPO
+    """``groups_per_step`` are over all domains; each domain's share follows its ``share``."""
 
 
 class Evaluation(Value):
@@ -323,7 +400,8 @@ class Recipe(Value):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     model: Model
     domains: Mapping[str, Domain] = Field(min_length=1)
-    distill: Distill | None = None
+    distill: Distill | WeightAverage | Ties | MixedRL | None = None
+    """How the student comes to be. Distillation is the method; the others are there to compare it with."""
     evaluation: Evaluation = Evaluation()
     workers: Workers = Workers()
     substrate: Substrate | None = None

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from posttrain.config import Domain, Recipe
+from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import Reward, Teacher, asks_policy
+from posttrain.protocols import Playable, Reward, Teacher, asks_policy
 from posttrain.types import Task
 
 if TYPE_CHECKING:
@@ -39,17 +39,16 @@ def check_recipe(recipe: Recipe) -> None:
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
-        if domain.grpo is not None and domain.grpo.sync_ref_model and recipe.model.lora is not None:
-            raise RecipeError(
-                f"domains.{name}.grpo.sync_ref_model is on with model.lora, whose reference is the model without its "
-                "adapters: expected one of the two; set sync_ref_model to false"
-            )
-        if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
-            raise RecipeError(
-                f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
-            )
+        _check_specialist(recipe, name, domain)
+        if isinstance(recipe.distill, Distill):
+            _check_distill(name, domain, recipe.distill)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
+        if domain.grpo is not None:
+            _check_grpo(f"domains.{name}.grpo", domain.grpo, recipe)
+    if isinstance(recipe.distill, MixedRL):
+        _check_mixture(recipe)
+        _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
 
 
 def _check_vllm(recipe: Recipe) -> None:
@@ -62,6 +61,44 @@ def _check_vllm(recipe: Recipe) -> None:
             "workers.engine = 'vllm' a top_k in all domains or truncation in none, since one vLLM engine says for all "
             "requests or for none what sampling kept; set top_k (1000 changes little)"
         )
+
+
+def _check_specialist(recipe: Recipe, name: str, domain: Domain) -> None:
+    """A merge needs something to merge from each domain, and all but on-policy distillation a checkpoint."""
+    method = recipe.distill
+    if method is None or isinstance(method, MixedRL):
+        return
+    if domain.teacher is None and domain.sft is None and domain.grpo is None:
+        raise RecipeError(
+            f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
+        )
+    on_policy = isinstance(method, Distill) and method.rollouts_from == "student"
+    if domain.teacher is not None and not on_policy and not isinstance(domain.teacher, Playable):
+        needs = "rollouts_from = 'teachers'" if isinstance(method, Distill) else type(method).__name__
+        raise RecipeError(
+            f"domains.{name}.teacher = {domain.teacher!r:.100}: expected for distill with {needs} a teacher that is a "
+            "checkpoint by itself; merge an adapter into its base, or distill on the student's rollouts"
+        )
+
+
+def _check_grpo(place: str, config: GRPO, recipe: Recipe) -> None:
+    if config.sync_ref_model and recipe.model.lora is not None:
+        raise RecipeError(
+            f"{place}.sync_ref_model is on with model.lora, whose reference is the model without its adapters: "
+            "expected one of the two; set sync_ref_model to false"
+        )
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    assert isinstance(recipe.distill, MixedRL)
+    temperatures = {name: domain.sampling.temperature for name, domain in recipe.domains.items()}
+    if len(set(temperatures.values())) > 1:
+        raise RecipeError(
+            f"domains.*.sampling.temperature = {temperatures}: expected for distill with MixedRL one temperature for "
+            "all domains, since one loss compares their probabilities; change them"
+        )
+    for name, domain in recipe.domains.items():
+        _check_sampling(name, domain, recipe.distill.grpo)
 
 
 def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
@@ -140,18 +177,7 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
         except RecipeError as error:
             raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
     if domain.grpo is not None:
-        sampling = domain.sampling
-        if sampling.temperature == 0:
-            raise RecipeError(
-                f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
-                "equal rollouts teaches nothing; set it to 1"
-            )
-        if sampling.truncates and not domain.grpo.keep_sampling_mask:
-            raise RecipeError(
-                f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
-                f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
-                "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
-            )
+        _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
 
@@ -160,6 +186,31 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
             encode_demonstrations(demonstrations, chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
+
+
+def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
+    sampling = domain.sampling
+    if sampling.temperature == 0:
+        raise RecipeError(
+            f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
+            "equal rollouts teaches nothing; set it to 1"
+        )
+    if sampling.truncates and not grpo.keep_sampling_mask:
+        raise RecipeError(
+            f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
+            f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
+            "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
+        )
+
+
+def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+    temperature = domain.sampling.temperature
+    if config.loss == "sampled_token" and temperature != config.temperature:
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "
+            f"{config.temperature}, distill.temperature, since the advantages of tokens that another distribution drew "
+            "do not average to the KL; make both equal"
+        )
 
 
 def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task]) -> None:
@@ -183,12 +234,17 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
-    moves_reference = any(d.grpo is not None and d.grpo.sync_ref_model for d in recipe.domains.values())
+    grpos = [domain.grpo for domain in recipe.domains.values() if domain.grpo is not None]
+    if isinstance(recipe.distill, MixedRL):
+        grpos.append(recipe.distill.grpo)
+    moves_reference = any(grpo.sync_ref_model for grpo in grpos)
     checkpoint_bytes = 16 if moves_reference else 12
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
         d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
+    if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
+        num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)
     num_models = max(0, num_stages - finished_stages) + num_judges
     return num_parameters * (4 * num_models + 3 * checkpoint_bytes * trained) + (64 << 20)
 

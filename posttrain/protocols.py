@@ -86,12 +86,14 @@ class Sandbox(Protocol):
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
         ``cwd`` is relative to the workdir and reached without following links; ``FileNotFoundError`` and
-        ``NotADirectoryError`` as for a file. Whatever the payload does is a result; a box that is gone raises
-        ``SandboxLost``.
+        ``NotADirectoryError`` as for a file. A named ``user`` keeps its files from command to command, out of reach of
+        every other user and of commands without one (``ValueError`` for ``root``, ``Unsupported`` where there are no
+        users). Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
         """
         ...
 
@@ -408,8 +410,15 @@ class ArrayStore(Protocol):
 class StateStore(Protocol):
     """Keeps hidden states between the teacher's forward pass and the learner's use of them."""
 
-    def put(self, key: str, states: torch.Tensor) -> None:
-        """Keep one [L, D] bf16 tensor (loss positions only). A second put of a key replaces the first."""
+    def put(self, key: str, states: torch.Tensor, *, origin: str = "") -> None:
+        """Keep one [L, D] bf16 tensor (loss positions only). A second put of a key replaces the first.
+
+        ``origin`` says what they were computed from: equal texts mean equal states.
+        """
+        ...
+
+    def holds(self, key: str, *, origin: str = "") -> bool:
+        """Whether whole states of this origin are there, perhaps left by an earlier process."""
         ...
 
     def get(self, key: str) -> torch.Tensor:
@@ -432,7 +441,8 @@ class OpenTeachers(Protocol):
     def cache_states(self, samples: Sequence[Sample]) -> None:
         """Run each sample's teacher over it and store the states that predict its loss tokens.
 
-        Teachers are visited one after another.
+        Teachers are visited one after another. A sample whose states are in the store already, from the same teacher
+        and the same tokens, is not run again.
         """
         ...
 
@@ -454,10 +464,16 @@ class TeacherLibrary(Protocol):
         ...
 
     def open(
-        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+        self,
+        teachers: Mapping[str, Teacher],
+        *,
+        student_path: str,
+        probes: Mapping[str, Sequence[IntArray]],
+        folder: Path | None = None,
     ) -> AbstractContextManager[OpenTeachers]:
         """Check every teacher against the student, then open them. Raises ``RecipeError``.
 
-        ``probes`` are, by teacher, a few token sequences of its domain to check it on.
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on. ``folder`` is where states may
+        lie, for a later process that goes on from here.
         """
         ...

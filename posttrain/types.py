@@ -143,6 +143,8 @@ class Task:
     """The box the rollout works in; None for tasks without tools."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Grading data that only the domain's own reward reads, such as unit tests."""
+    effort: str | None = None
+    """How long to think: a mode of ``posttrain.conversation.effort``; None leaves it to the chat format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -609,6 +611,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepStart:
+    """What the policy at the start of a step says of a sample's loss tokens, in order."""
+
+    logprobs: FloatArray
+    """[L], as the learner computes them."""
+    high_entropy: BoolArray
+    """[L]: where the policy loss acts (``GRPO.top_entropy_quantile``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One token sequence for the learner, light: only ``load`` touches its arrays."""
 
@@ -624,6 +636,8 @@ class Sample:
     truncated: bool = False
     silent: bool = False
     """Counts as a sample of its mini-batch although none of its tokens carries loss."""
+    start: StepStart | None = None
+    """Where a term of the loss compares with the policy at the start of the step."""
 
     def __len__(self) -> int:
         return self.tokens.num_tokens

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from posttrain.conversation.chat import ChatFormat
-from posttrain.divergence import reverse_kl_sum
+from posttrain.divergence import divergence_sum
 from posttrain.errors import RecipeError
 from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
@@ -211,4 +211,4 @@ def _probe_sample(teacher: str, index: int, token_ids: IntArray) -> Sample:
 
 def _mean_kl(p_hidden: torch.Tensor, p_head: torch.Tensor, q_hidden: torch.Tensor, q_head: torch.Tensor) -> float:
     with torch.no_grad():
-        return reverse_kl_sum(p_hidden, p_head, q_hidden, q_head)[1].mean().item()
+        return divergence_sum(p_hidden, p_head, q_hidden, q_head)[1].mean().item()

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from posttrain.protocols import StateStore, Teacher
 from posttrain.types import IntArray, Sample
-from teachers.cache import MemoryStore
+from teachers.cache import open_store
 from teachers.checks import check_teachers
 from teachers.pool import TeacherPool
 from teachers.sources import HFTeacher
@@ -27,13 +28,22 @@ class SwapOnDemand:
     memory_mb: int = 4096
     device: str | None = None
     """Where teachers compute; None is the first GPU if there is one, else the CPU."""
+    states: str = "files"
+    """Where hidden states wait for the learner: ``files`` of the stage's folder, mapped into memory; ``memory``;
+    ``ray``, the object store; or a folder or fsspec URL. What is written to files or a URL is found again by a run
+    that goes on after it was killed, so that no teacher reads a sample twice."""
 
     def from_checkpoint(self, path: str) -> Teacher:
         return HFTeacher(path)
 
     @contextlib.contextmanager
     def open(
-        self, teachers: Mapping[str, Teacher], *, student_path: str, probes: Mapping[str, Sequence[IntArray]]
+        self,
+        teachers: Mapping[str, Teacher],
+        *,
+        student_path: str,
+        probes: Mapping[str, Sequence[IntArray]],
+        folder: Path | None = None,
     ) -> Iterator[PooledTeachers]:
         """See ``posttrain.protocols.TeacherLibrary.open``."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +51,7 @@ class SwapOnDemand:
             teachers, student=HFTeacher(student_path), probes=probes, memory_mb=self.memory_mb, device=device
         )
         with TeacherPool(teachers, memory_mb=self.memory_mb, device=device) as pool:
-            yield PooledTeachers(pool, MemoryStore())
+            yield PooledTeachers(pool, open_store(self.states, folder))
 
 
 class PooledTeachers:

@@ -14,9 +14,10 @@ One thread uses a pool; the pool's own background thread does nothing but load.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from posttrain.protocols import StateStore, Teacher, TeacherModel
-from posttrain.types import Sample
+from posttrain.types import Sample, TokenArrays
 from teachers.batching import length_batches
 
 MAX_BATCH_TOKENS = 16384
@@ -51,8 +52,11 @@ class PoolStats:
     load_wait_s: float = 0.0
     """Seconds the caller stood still while a teacher was loading."""
     bytes_cached: int = 0
+    """Size of the states the learner was given, found ones included."""
     tokens: int = 0
     """Tokens that went through teachers, padding excluded."""
+    samples_found: int = 0
+    """Samples whose states were in the store already."""
 
     def since(self, earlier: PoolStats) -> PoolStats:
         """The difference to an earlier reading."""
@@ -60,6 +64,15 @@ class PoolStats:
 
     def copy(self) -> PoolStats:
         return self.since(PoolStats())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A sample that its teacher has to read."""
+
+    id: str
+    arrays: TokenArrays
+    origin: str
 
 
 class TeacherPool:
@@ -76,6 +89,7 @@ class TeacherPool:
         self._resident: OrderedDict[str, TeacherModel] = OrderedDict()  # least recently used first
         self._loading: dict[str, Future[TeacherModel]] = {}
         self._sizes: dict[str, int] = {}
+        self._fingerprints: dict[str, str] = {}
         self._head_keys: dict[str, str] = {}
         self._heads: OrderedDict[str, torch.Tensor] = OrderedDict()  # in host memory; least recently used first
         self._device_head: tuple[str, torch.Tensor] | None = None
@@ -91,16 +105,18 @@ class TeacherPool:
         """Put the hidden states that predict each sample's loss tokens into ``store``, under the sample's id.
 
         Row i of a sample's [num_loss_tokens, E] bfloat16 tensor predicts its i-th loss token. Samples are grouped by
-        teacher, so that every teacher is loaded at most once. Returns what this call did. ``ValueError`` when a
-        sample names no teacher of this pool.
+        teacher, so that every teacher is loaded at most once. Samples whose states are in the store, of the same
+        teacher and tokens, are left out. Returns what this call did. ``ValueError`` when a sample names no teacher of
+        this pool.
         """
         before = self.stats
-        names = self._visiting_order(samples)
-        for name, following in zip(names, [*names[1:], None], strict=True):
+        missing = self._not_held(samples, store)
+        names = self._visiting_order(missing)
+        for name, following in itertools.zip_longest(names, names[1:]):
             model = self._model(name)
             if following is not None:
                 self._load_ahead(following, beside=name)
-            self._run(model, [sample for sample in samples if sample.teacher == name], store)
+            self._run(model, missing[name], store)
             self._settle(name)
         return self.stats.since(before)
 
@@ -150,32 +166,51 @@ class TeacherPool:
     ) -> None:
         self.close()
 
-    def _visiting_order(self, samples: Sequence[Sample]) -> list[str]:
-        """Names of the teachers needed, those already in memory first."""
+    def _not_held(self, samples: Sequence[Sample], store: StateStore) -> dict[str, list[_Asked]]:
+        """By teacher, the samples whose states the store does not hold yet."""
+        missing: dict[str, list[_Asked]] = {}
         for sample in samples:
             if sample.teacher not in self._teachers:
                 raise ValueError(
                     f"Sample {sample.id!r}: teacher = {sample.teacher!r}; expected one of {sorted(self._teachers)}"
                 )
-        needed = {str(sample.teacher) for sample in samples}
-        return sorted(needed, key=lambda name: (name not in self._resident, name))
+            arrays = sample.load()
+            asked = _Asked(sample.id, arrays, self._origin(sample.teacher, arrays))
+            if store.holds(sample.id, origin=asked.origin):
+                self._stats.samples_found += 1
+                self._stats.bytes_cached += store.get(sample.id).nbytes
+            else:
+                missing.setdefault(sample.teacher, []).append(asked)
+        return missing
+
+    def _origin(self, name: str, arrays: TokenArrays) -> str:
+        """What a sample's states depend on, in one digest."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = self._teachers[name].fingerprint
+        digest = hashlib.sha256(self._fingerprints[name].encode())
+        digest.update(arrays.token_ids.astype(np.int32).tobytes())
+        digest.update(arrays.loss_mask.astype(np.bool_).tobytes())
+        return digest.hexdigest()
+
+    def _visiting_order(self, names: Iterable[str]) -> list[str]:
+        """The teachers to run, those already in memory first."""
+        return sorted(names, key=lambda name: (name not in self._resident, name))
 
     def _known(self, name: str) -> str:
         if name not in self._teachers:
             raise KeyError(f"no teacher {name!r} in this pool; it has {sorted(self._teachers)}")
         return name
 
-    def _run(self, model: TeacherModel, samples: Sequence[Sample], store: StateStore) -> None:
-        for batch in length_batches([len(sample) for sample in samples], max_tokens=MAX_BATCH_TOKENS):
-            arrays = [samples[index].load() for index in batch]
-            states = model.hidden_states([each.token_ids for each in arrays])
-            for index, each, states_TE in zip(batch, arrays, states, strict=True):
-                sample = samples[index]
-                predicting = torch.from_numpy(np.flatnonzero(each.loss_mask) - 1)
+    def _run(self, model: TeacherModel, samples: Sequence[_Asked], store: StateStore) -> None:
+        for batch in length_batches([len(each.arrays) for each in samples], max_tokens=MAX_BATCH_TOKENS):
+            asked = [samples[index] for index in batch]
+            states = model.hidden_states([each.arrays.token_ids for each in asked])
+            for each, states_TE in zip(asked, states, strict=True):
+                predicting = torch.from_numpy(np.flatnonzero(each.arrays.loss_mask) - 1)
                 kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
-                store.put(sample.id, kept_LE)
+                store.put(each.id, kept_LE, origin=each.origin)
                 self._stats.bytes_cached += kept_LE.nbytes
-                self._stats.tokens += len(sample)
+                self._stats.tokens += len(each.arrays)
 
     def _model(self, name: str) -> TeacherModel:
         """The loaded teacher, most recently used; its head is in host memory afterwards."""

@@ -25,7 +25,7 @@ from posttrain.rollout.player import GroupJob, Play, Player
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rundir import RunDir
-from posttrain.stages.grpo import open_stream
+from posttrain.stages.grpo import Training, open_stream
 from posttrain.stages.judging import JudgePool, Judging, credit_both_orders, is_informative, judge_task
 from posttrain.stages.session import Position, Session
 from posttrain.types import Group, JudgeTask, LightRollout, Sampling, Score, ScoreStatus, StopReason, Task, Tokens
@@ -149,7 +149,8 @@ class Rollouts:
 def submitted(session: Session, judging: Judging | None, position: Position, steps: int) -> list[GroupJob]:
     service = Rollouts()
     session.rollouts = service
-    stream = open_stream(session, session.run.stage("grpo-vowels"), session.recipe.domains["vowels"], position, judging)
+    training = Training.specialist(session.recipe, "vowels")
+    stream = open_stream(session, session.run.stage("grpo-vowels"), training, position, judging)
     stream._fill(steps)
     return service.submitted
 

@@ -29,8 +29,9 @@ from transformers import (
 from posttrain.config import GRPO, Distill, Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective, GrpoObjective
+from posttrain.learner.objectives import GrpoObjective
 from posttrain.learner.packing import PackedBatch
 from posttrain.learner.policy import Policy
 from posttrain.protocols import OpenTeachers, Teacher

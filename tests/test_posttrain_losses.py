@@ -544,11 +544,18 @@ def test_chunked_logprobs_equal_float64(chunk_tokens, temperature):
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_chunked_logprobs_pass_gradcheck():
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_chunked_logprobs_pass_gradcheck(cap):
     hidden, head, targets = head_problem(5, torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda h, w: token_logprobs(h, w, targets, temperature=0.7, chunk_tokens=2), (hidden, head)
-    )
+    settings = {"temperature": 0.7, "logit_cap": cap, "chunk_tokens": 2}
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, **settings), (hidden, head))
+
+
+def test_capped_logprobs_are_those_of_capped_logits():
+    hidden, head, targets = head_problem(11, torch.float64)
+    found, _ = token_logprobs(hidden, head, targets, temperature=0.7, logit_cap=2.0, chunk_tokens=4)
+    logits = 2 * torch.tanh(hidden @ head.T / 2)
+    torch.testing.assert_close(found, (logits / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
 
 
 def kept_problem(counts, targets):

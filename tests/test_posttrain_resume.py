@@ -22,8 +22,8 @@ KILLS = {
 """Stage -> pattern of what appears once it has saved something whole and has more to do. TRL writes a checkpoint in
 place, so only the beginning of the second says that the first is whole."""
 TIMES = {"time", "tokens_per_s", "teacher/load_wait_s"}
-LOADS = {"teacher/teacher_loads", "teacher/head_loads"}
-"""What a step really loaded: a new process has no teacher in memory yet."""
+LOADS = {"teacher/teacher_loads", "teacher/head_loads", "teacher/tokens", "teacher/samples_found"}
+"""What a step really loaded and read: a new process has no teacher in memory yet, and finds states of the old one."""
 WORK = {
     "decode_steps",
     "decode_tokens",

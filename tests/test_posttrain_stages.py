@@ -9,8 +9,8 @@ import torch
 
 from posttrain.config import Distill, Optim
 from posttrain.errors import RecipeError
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective
 from posttrain.loader import load_recipe
 from posttrain.models import load_model
 from posttrain.pipeline import Stage, _run_stage

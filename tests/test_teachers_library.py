@@ -80,6 +80,7 @@ def test_a_small_memory_keeps_no_teacher_between_steps(tiny_model, models, tmp_p
         for _ in range(2):
             opened.cache_states([sample("a", "math"), sample("b", "code")])
             assert opened.costs()["teacher/teacher_loads"] == 2.0
+            opened.store.free("ab")
 
 
 def test_teachers_that_cannot_teach_this_student_are_refused_before_the_first_step(tiny_model, models, tmp_path: Path):

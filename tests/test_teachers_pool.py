@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 from teachers.batching import length_batches
-from teachers.cache import MemoryStore
+from teachers.cache import FileStore, MemoryStore
 from teachers.pool import TeacherPool
 
 MIB = 2**20
@@ -201,3 +202,23 @@ def test_length_batches_cover_everything_within_the_budget() -> None:
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert batches[0] == [1]  # longer than the budget: alone
     assert all(len(batch) * lengths[batch[0]] <= 20 for batch in batches[1:])
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_no_sample_is_read_twice_unless_its_teacher_or_its_tokens_changed(durable: bool, tmp_path: Path) -> None:
+    events: list[str] = []
+    teachers = {name: FakeTeacher(name, events) for name in "ab"}
+    samples = [sample(0, "a"), sample(1, "b"), sample(2, "b")]
+    stores = [FileStore(tmp_path) for _ in range(2)] if durable else [MemoryStore()] * 2
+    with TeacherPool(teachers, memory_mb=64) as pool:
+        first = pool.cache_states(samples[:2], stores[0])
+    events.clear()
+    changed = {**teachers, "a": FakeTeacher("a, trained on", events)}
+    with TeacherPool(changed, memory_mb=64) as pool:
+        again = pool.cache_states(samples, stores[1])
+        assert sorted(loads(events)) == ["load a, trained on", "load b"]
+        assert (again.samples_found, again.tokens) == (1, 12)
+        assert again.bytes_cached == first.bytes_cached // 2 * 3
+        other_tokens = replace(samples[1], tokens=sample(7, "b").tokens)
+        other_mask = replace(samples[2], tokens=sample(2, "b", loss=(3, 4)).tokens)
+        assert pool.cache_states([samples[0], other_tokens, other_mask], stores[1]).tokens == 12

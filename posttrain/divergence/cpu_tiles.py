@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from posttrain.divergence.measure import Measure
 from posttrain.native import compiled
 
 BLOCK_V = 128
@@ -31,7 +32,18 @@ def is_available() -> bool:
 class CpuTiles:
     """As ``TritonTiles``; hidden states and heads are contiguous bfloat16 with even widths."""
 
-    def __init__(self, max_positions: int, student_head_VD: torch.Tensor, teacher_head_VE: torch.Tensor) -> None:
+    BYTES_PER_ENTRY = 4
+
+    def __init__(
+        self,
+        max_positions: int,
+        student_head_VD: torch.Tensor,
+        teacher_head_VE: torch.Tensor,
+        measure: Measure,
+        *,
+        largest_slice: int = 0,
+    ) -> None:
+        self._measure = measure
         self._heads = student_head_VD.detach(), teacher_head_VE.detach()
         self._vocabulary = len(student_head_VD)
         self._num_blocks = -(-self._vocabulary // BLOCK_V)
@@ -39,21 +51,21 @@ class CpuTiles:
         self._difference = torch.empty_like(self._below_top)
         self._sums = torch.empty(5, self._num_blocks, max_positions)
 
-    def kl_and_logit_gradient(
+    def divergence_and_logit_gradient(
         self,
         student_hidden_CD: torch.Tensor,
         teacher_hidden_CE: torch.Tensor,
         *,
         weights_C: torch.Tensor | None,
-        temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As ``TritonTiles.kl_and_logit_gradient``."""
+        """As ``TritonTiles.divergence_and_logit_gradient``."""
         library = _library()
         assert library is not None, "callers ask is_available() first"
         count, vocabulary = len(student_hidden_CD), self._vocabulary
         below_top, difference, sums = self._below_top[:count], self._difference[:count], self._sums[:, :, :count]
         strides = below_top.stride(0), sums.stride(0), sums.stride(1)
         pointers = (student_hidden_CD, self._heads[0], teacher_hidden_CE, self._heads[1], below_top, difference, sums)
+        temperature = self._measure.temperature
         widths = student_hidden_CD.shape[1], teacher_hidden_CE.shape[1]
 
         def block_sums(first: int, last: int) -> None:

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from posttrain.divergence.measure import Measure
+
 # Blocks, warps and pipeline stages that were fastest on an H200, of ten tried at widths 576 and 2,048.
 BLOCK_C, BLOCK_V, BLOCK_K = 64, 128, 64
 NUM_WARPS, NUM_STAGES = 4, 4
@@ -42,7 +44,18 @@ class TritonTiles:
     and their widths are multiples of 8.
     """
 
-    def __init__(self, max_positions: int, student_head_VD: torch.Tensor, teacher_head_VE: torch.Tensor) -> None:
+    BYTES_PER_ENTRY = 4
+
+    def __init__(
+        self,
+        max_positions: int,
+        student_head_VD: torch.Tensor,
+        teacher_head_VE: torch.Tensor,
+        measure: Measure,
+        *,
+        largest_slice: int = 0,
+    ) -> None:
+        self._measure = measure
         self._heads = student_head_VD.detach(), teacher_head_VE.detach()
         device = student_head_VD.device
         self._vocabulary = len(student_head_VD)
@@ -53,13 +66,12 @@ class TritonTiles:
         # Highest logit, sum of exponentials and mean difference of each block; then the teacher's first two.
         self._sums = torch.empty(5, self._num_blocks, max_positions, dtype=torch.float32, device=device)
 
-    def kl_and_logit_gradient(
+    def divergence_and_logit_gradient(
         self,
         student_hidden_CD: torch.Tensor,
         teacher_hidden_CE: torch.Tensor,
         *,
         weights_C: torch.Tensor | None,
-        temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """KL [C] in nats, float32, and the gradient [C, V] of ``sum_c weights_c KL_c`` in the hidden states' dtype.
 
@@ -77,7 +89,7 @@ class TritonTiles:
             difference,
             sums,
             count,
-            1.0 / temperature,
+            1.0 / self._measure.temperature,
             below_top.stride(0),
             *strides,
             VOCABULARY=self._vocabulary,
@@ -96,7 +108,7 @@ class TritonTiles:
             kl_C if weights_C is None else weights_C,
             kl_C,
             count,
-            1.0 / temperature,
+            1.0 / self._measure.temperature,
             *strides,
             WEIGHTED=weights_C is not None,
             NUM_BLOCKS=self._num_blocks,

@@ -112,13 +112,13 @@ class Learner:
         return self._accumulate(plan_micro_batches(samples, self._budget), objective, Totals.of(samples))
 
     @torch.no_grad()
-    def measure(self, samples: Sequence[Sample], objective: GrpoObjective) -> dict[str, TokenStats]:
+    def token_stats(self, samples: Sequence[Sample], objective: GrpoObjective) -> dict[str, TokenStats]:
         """What the policy of this moment says of the samples' loss tokens, by sample id, on the CPU."""
         found: dict[str, TokenStats] = {}
         trained = [sample for sample in samples if sample.num_loss_tokens]
         for members in plan_micro_batches(trained, self._budget):
             batch = PackedBatch.collate(members).to(self.device)
-            stats = objective.measure(self._policy.forward(batch), batch)
+            stats = objective.token_stats(self._policy.forward(batch), batch)
             sizes = [sample.num_loss_tokens for sample in members]
             rows = zip(stats.logprobs.cpu().split(sizes), stats.entropies.cpu().split(sizes), strict=True)
             for sample_id, (logprobs, entropies) in zip(batch.sample_ids, rows, strict=True):

@@ -48,6 +48,10 @@ class PackedBatch:
     """[K] int64: where sampling was truncated, the tokens it chose from, loss token after loss token; or None."""
     kept_offsets: torch.Tensor | None = None
     """[N + 1] int64: where each loss token's kept ids begin, then K. One without any was drawn from all tokens."""
+    old_logprobs: torch.Tensor | None = None
+    """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
+    high_entropy: torch.Tensor | None = None
+    """[N] bool: ``StepStart.high_entropy``."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
@@ -59,6 +63,8 @@ class PackedBatch:
         token_ids = np.concatenate([each.token_ids for each in arrays])
         logprobs = np.concatenate([each.logprobs for each in arrays])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
+        starts_of = [sample.start for sample in samples if sample.start is not None]
+        started = len(starts_of) == len(samples) > 0
         return cls(
             samples=tuple(samples),
             token_ids=torch.from_numpy(token_ids.astype(np.int64)),
@@ -71,6 +77,10 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
+            high_entropy=(
+                torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
+            ),
         )
 
     @property

@@ -136,5 +136,14 @@ def reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     } | {f"reward/{name}": _mean(found) for name, found in sorted(parts.items())}
 
 
+def mixture_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Those of a step of several domains, with the mean reward of each in place of the parts, which are its own."""
+    by_domain: dict[str, list[Group]] = {}
+    for group in groups:
+        by_domain.setdefault(group.task.domain, []).append(group)
+    common = {name: value for name, value in group_metrics(groups).items() if "/" not in name}
+    return common | {f"reward/{name}": reward_metrics(found)["reward"] for name, found in sorted(by_domain.items())}
+
+
 def _mean(values: Sequence[float | int]) -> float:
     return float(np.mean(values)) if values else math.nan

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.config import Workers
 from posttrain.errors import RecipeError
@@ -22,6 +22,25 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 60.0
 _MACHINERY = (ScoreStatus.SANDBOX_ERROR, ScoreStatus.JUDGE_ERROR, ScoreStatus.TIMEOUT)
+
+
+class Groups(Protocol):
+    """Where a stage's groups come from."""
+
+    @property
+    def groups_per_step(self) -> int: ...
+
+    def take(self) -> list[Group]:
+        """The groups of the next step."""
+        ...
+
+    def pending(self) -> list[int]:
+        """Numbers of the jobs that were started and that a resumed stage begins with."""
+        ...
+
+    def take_paused_s(self) -> float:
+        """Seconds spent pausing since the last call."""
+        ...
 
 
 @dataclass(slots=True)

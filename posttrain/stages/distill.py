@@ -1,7 +1,8 @@
 """Merge: multi-teacher on-policy distillation into one student.
 
 Each step samples rollouts of the student over all domains, lets each domain's teacher read its own samples,
-and moves the student along the exact gradient of KL(student || teacher). No reward takes part.
+and moves the student along the exact gradient of KL(student || teacher). No reward takes part. Off-policy, for
+comparison, the teachers play the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from posttrain.config import Distill, Domain, Recipe
+from posttrain.config import Distill, Domain
 from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import RecipeError
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective
 from posttrain.models import load_tokenizer
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import OpenTeachers, Teacher
 from posttrain.rollout.arrays import free_groups
+from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import distill_samples, rollout_metrics
-from posttrain.rollout.stream import GroupStream
+from posttrain.rollout.stream import Groups
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
-from posttrain.stages.grpo import take_tasks
+from posttrain.stages.mixture import interleave, shares
 from posttrain.stages.session import Session
-from posttrain.types import IntArray, Sample, Task, TokenArrays, Tokens
+from posttrain.stages.teacher_rollouts import TeacherRollouts
+from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 
 ITSELF = "the student itself"
 """The name of a teacher that is the student's starting point, which is asked nothing but whether they agree."""
@@ -32,22 +35,23 @@ MAX_SELF_KL = 5e-3
 """Nats per token between a model and itself, computed on two paths, one of them perhaps in bfloat16."""
 
 
-def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[str, str]) -> None:
-    """From the base to ``stage.final``. ``specialists`` maps a domain to its checkpoint."""
-    config = session.recipe.distill
-    assert config is not None
+def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkpoints: Mapping[str, str]) -> None:
+    """From the base to ``stage.final``. ``checkpoints``: domain -> specialist, where the teacher is a checkpoint."""
     weights = {name: domain.weight for name, domain in session.recipe.domains.items()}
     learner, position = session.open_learner(stage, session.base_path, config)
     first = position.step
-    session.send_policy(learner, version=first)
-    stream = open_stream(session, stage, config, first)
-    teachers = teachers_of(session.recipe.domains, config, specialists)
+    on_policy = config.rollouts_from == "student"
+    if on_policy:
+        session.send_policy(learner, version=first)
+    stream = open_groups(session, stage, config, first, checkpoints)
+    teachers = teachers_of(session.recipe.domains, config, checkpoints)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    with config.teachers.open(everyone, student_path=session.base_path, probes=probes) as opened:
+    states = stage.path / "states"
+    with config.teachers.open(everyone, student_path=session.base_path, probes=probes, folder=states) as opened:
         objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
         if first == 0:
             check_self_distillation(learner, objective, opened, probes[ITSELF])
@@ -63,7 +67,8 @@ def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[st
                 metrics |= learner.update(samples, objective) | dict(opened.costs())
                 opened.store.free(sample.id for sample in samples)
                 free_groups(groups)
-                session.send_policy(learner, version=step + 1)
+                if on_policy:
+                    session.send_policy(learner, version=step + 1)
                 log.write_groups(groups, step)
                 session.metrics.log(stage.name, step + 1, metrics)
                 progress.update(step + 1, metrics)
@@ -125,37 +130,34 @@ def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[In
     return [chat.encode_prompt(task.prompt) for task in tasks]
 
 
-def shares(domains: Mapping[str, Domain], total: int) -> dict[str, int]:
-    """Rollouts per domain and step, by largest remainder; every domain gets at least one."""
-    whole = sum(domain.share for domain in domains.values())
-    exact = {name: total * domain.share / whole for name, domain in domains.items()}
-    given = {name: max(1, int(value)) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: given[name] - exact[name])
-    for name in itertools.islice(itertools.cycle(by_remainder), max(0, total - sum(given.values()))):
-        given[name] += 1
-    return given
-
-
-def interleave(recipe: Recipe, config: Distill, *, skip_steps: int) -> Iterator[list[Task]]:
-    """Per step, tasks of all domains in turn, so that no stretch of a batch belongs to one teacher."""
-    per_step = shares(recipe.domains, config.rollouts_per_step)
+def jobs_of_steps(
+    session: Session, stage: StageDir, config: Distill, first: int
+) -> Iterator[list[tuple[int, GroupJob]]]:
+    """Per step, from step ``first`` on, its numbered jobs."""
+    per_step = shares(session.recipe.domains, config.rollouts_per_step)
     # Another seed than the specialists' stages: the student need not see the very tasks they were trained on.
-    sources = {
-        name: take_tasks(domain, recipe.seed + 1, skip=skip_steps * per_step[name])
-        for name, domain in recipe.domains.items()
-    }
-    while True:
-        drawn = [list(itertools.islice(sources[name], count)) for name, count in per_step.items()]
-        yield [task for row in itertools.zip_longest(*drawn) for task in row if task is not None]
+    steps = interleave(session.recipe.domains, per_step, session.recipe.seed + 1, skip_steps=first)
+    for step, tasks in enumerate(steps, first):
+        start = step * len(tasks)
+        yield [
+            (start + i, session.job(f"{stage.name}/{step}/{i}", task, num_rollouts=1, scored=False))
+            for i, task in enumerate(tasks)
+        ]
 
 
-def open_stream(session: Session, stage: StageDir, config: Distill, first: int) -> GroupStream:
-    """One rollout of each task of each step, from step ``first`` on."""
-    steps = interleave(session.recipe, config, skip_steps=first)
+def open_groups(
+    session: Session, stage: StageDir, config: Distill, first: int, checkpoints: Mapping[str, str]
+) -> Groups:
+    """One rollout of each task of each step, from step ``first`` on, by whoever plays them."""
+    steps = jobs_of_steps(session, stage, config, first)
     per_step = sum(shares(session.recipe.domains, config.rollouts_per_step).values())
-    jobs = (
-        (step * per_step + i, session.job(f"{stage.name}/{step}/{i}", task, num_rollouts=1, scored=False))
-        for step, tasks in enumerate(steps, first)
-        for i, task in enumerate(tasks)
+    if config.rollouts_from == "student":
+        return session.open_stream(itertools.chain.from_iterable(steps), per_step, max_staleness=0)
+    return TeacherRollouts(
+        session=session,
+        checkpoints=checkpoints,
+        steps=itertools.islice(steps, config.max_steps - first),
+        groups_per_step=per_step,
+        next_step=first,
+        steps_per_block=config.save_steps,
     )
-    return session.open_stream(jobs, per_step, max_staleness=0)

@@ -76,6 +76,11 @@ class Judging:
             self._restore(saved)
 
     @property
+    def groups_per_step(self) -> int:
+        """Judge prompts of a step."""
+        return self._config.groups_per_step
+
+    @property
     def asks_policy(self) -> bool:
         """Whether the reward of a judge reply asks the policy in its turn."""
         return asks_policy(self._config.reward)

@@ -19,7 +19,7 @@ from posttrain.models import compute_dtype, context_window, load_model, load_tok
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
 from posttrain.rollout.player import GroupJob, Play
-from posttrain.rollout.stream import GroupStream
+from posttrain.rollout.stream import Groups, GroupStream
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
@@ -188,7 +188,7 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: Learner, stage: StageDir, next_step: int, stream: GroupStream, judging: StateOf | None = None
+        self, learner: Learner, stage: StageDir, next_step: int, stream: Groups, judging: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
@@ -201,7 +201,7 @@ class Session:
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: Learner, stage: StageDir, step: int, stream: GroupStream, judging: StateOf | None = None
+        self, learner: Learner, stage: StageDir, step: int, stream: Groups, judging: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
