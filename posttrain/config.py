@@ -94,6 +94,9 @@ class GRPO(Value):
     groups_per_step: Positive = 8
     """Tasks per rollout step; each gives ``num_generations`` rollouts."""
     num_generations: int = Field(default=8, ge=2)
+    max_refills: int = Field(default=0, ge=0)
+    """How often a step plays other tasks in place of those whose rollouts all earned the same, which teach nothing and
+    then leave the update altogether (DAPO's dynamic sampling, arXiv 2503.14476)."""
     num_iterations: Positive = 1
     """Passes over each rollout batch (mu in the paper)."""
     minibatches_per_step: Positive = 1
@@ -145,6 +148,9 @@ class GRPO(Value):
     keep_sampling_mask: bool = True
     """Where sampling was truncated, compare policies over the tokens it chose from (V3.2); False: over all tokens,
     though the sampler's log-probabilities are not."""
+    keep_routing: bool = True
+    """In a mixture-of-experts model, send tokens to the experts that they went to in the engine (V3.2); without effect
+    on other models. False: wherever the learner's own rounding sends them."""
     mask_truncated_completions: bool = False
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
@@ -409,3 +415,8 @@ class Recipe(Value):
     judge_lag_steps: Positive = 10
     """Age, in learner steps, of the policy snapshot that answers as judge."""
     seed: int = 0
+
+    def grpo_settings(self) -> list[GRPO]:
+        """Of all stages that train with it."""
+        found = [domain.grpo for domain in self.domains.values() if domain.grpo is not None]
+        return [*found, self.distill.grpo] if isinstance(self.distill, MixedRL) else found

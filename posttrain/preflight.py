@@ -23,14 +23,14 @@ PROBED_TASKS = 64
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
     from posttrain.conversation.chat import ChatFormat
-    from posttrain.models import context_window, load_tokenizer, resolve_path
+    from posttrain.models import context_window, has_experts, load_tokenizer, resolve_path
 
     base = resolve_path(recipe.model.path)
     chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
     if recipe.workers.engine == "vllm":
-        _check_vllm(recipe)
+        _check_vllm(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
@@ -51,9 +51,15 @@ def check_recipe(recipe: Recipe) -> None:
         _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
 
 
-def _check_vllm(recipe: Recipe) -> None:
+def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise RecipeError("workers.engine = 'vllm' but vLLM is missing; pip install 'posttrain[vllm]'")
+    if has_experts and any(grpo.keep_routing for grpo in recipe.grpo_settings()):
+        raise RecipeError(
+            "grpo.keep_routing is on with a mixture-of-experts model and workers.engine = 'vllm', which does not say "
+            "which experts tokens went to: expected one or the other; set keep_routing to false, or engine to "
+            "'transformers'"
+        )
     unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
     if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):
         raise RecipeError(
@@ -234,10 +240,7 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
-    grpos = [domain.grpo for domain in recipe.domains.values() if domain.grpo is not None]
-    if isinstance(recipe.distill, MixedRL):
-        grpos.append(recipe.distill.grpo)
-    moves_reference = any(grpo.sync_ref_model for grpo in grpos)
+    moves_reference = any(grpo.sync_ref_model for grpo in recipe.grpo_settings())
     checkpoint_bytes = 16 if moves_reference else 12
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+RouteArray = npt.NDArray[np.int16]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -270,6 +271,13 @@ class Completion:
     finish: FinishReason
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per generated token."""
+    routes: RouteArray | None = None
+    """Where the engine records them, the experts [S, layers, experts per token] of the last S tokens of prompt and
+    completion but for the very last: of the states that its tokens were drawn from. -1: unknown."""
+
+    def after(self, size: int) -> Completion:
+        """The same with routes only of its own tokens and the ``size`` before them, but for the last."""
+        return self if self.routes is None else replace(self, routes=self.routes[-(size + len(self.token_ids)) :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,10 +309,12 @@ class TokenArrays:
     """Weight version of each generated token; read only where ``loss_mask`` is True."""
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per token."""
+    routes: RouteArray | None = None
+    """[T, layers, experts per token]: the experts each token went to in a mixture of experts; -1: unknown."""
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
-        for name in ("loss_mask", "logprobs", "versions", "kept"):
+        for name in ("loss_mask", "logprobs", "versions", "kept", "routes"):
             value = getattr(self, name)
             if value is not None and len(value) != size:
                 raise ValueError(
@@ -337,6 +347,8 @@ class TokenArrays:
         parts = {name: getattr(self, name) for name in ("token_ids", "loss_mask", "logprobs", "versions")}
         if self.kept is not None:
             parts |= {"kept_ids": self.kept.ids, "kept_offsets": self.kept.offsets}
+        if self.routes is not None:
+            parts["routes"] = self.routes
         return parts
 
     @classmethod
@@ -476,6 +488,22 @@ class Rollout:
             rows += [None if kept is None else kept.at(i) for i in range(len(turn.completion.token_ids))]
         return KeptTokens.of(rows)
 
+    @cached_property
+    def routes(self) -> RouteArray | None:
+        """The experts each token went to, [T, layers, experts per token], -1 where that is not known; None where it is
+        known of no token."""
+        known = [turn.completion.routes for turn in self.turns]
+        like = next((each for each in known if each is not None), None)
+        if like is None:
+            return None
+        routes = np.full((len(self.token_ids), *like.shape[1:]), -1, np.int16)
+        stop = -1
+        for turn, found in zip(self.turns, known, strict=True):
+            stop += len(turn.context_ids) + len(turn.completion.token_ids)
+            if found is not None:
+                routes[stop - len(found) : stop] = found
+        return routes
+
     @property
     def num_generated(self) -> int:
         return sum(len(t.completion.token_ids) for t in self.turns)
@@ -494,6 +522,7 @@ class Rollout:
                 logprobs=self.logprobs,
                 versions=self.versions,
                 kept=self.kept,
+                routes=self.routes,
             )
         except ValueError as error:
             raise ValueError(f"Rollout {self.id!r}: {error}") from error

@@ -38,13 +38,14 @@ class Learner:
     compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule. A
     micro-batch holds at most ``tokens_per_micro_batch`` tokens, or one longer sample, whose activations are computed
     twice rather than kept.
-    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
+    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise);
+    ``keep_routing`` replays the expert choices that samples bring along (``posttrain.routing``).
 
     Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
     weights that are not float32, and when started in several processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings of their own, all but the first by name
         self,
         model: PreTrainedModel,
         *,
@@ -54,6 +55,7 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         lora: Lora | None = None,
         keep_reference: bool = False,
+        keep_routing: bool = False,
         seed: int = 0,
     ) -> None:
         self._accelerator = Accelerator()
@@ -65,7 +67,14 @@ class Learner:
         """Optimizer steps made so far."""
         self._max_grad_norm = optim.max_grad_norm
         self._budget = tokens_per_micro_batch
-        self._policy = Policy(model.to(self.device), dtype=dtype, lora=lora, keep_reference=keep_reference, seed=seed)
+        self._policy = Policy(
+            model.to(self.device),
+            dtype=dtype,
+            lora=lora,
+            keep_reference=keep_reference,
+            keep_routing=keep_routing,
+            seed=seed,
+        )
         self._optimizer = self._accelerator.prepare(_adamw(list(self._policy.trained().values()), optim))
         self._scheduler = get_scheduler(
             optim.lr_scheduler_type,

@@ -52,6 +52,8 @@ class PackedBatch:
     """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
     high_entropy: torch.Tensor | None = None
     """[N] bool: ``StepStart.high_entropy``."""
+    routes: torch.Tensor | None = None
+    """[T, layers, experts per token] int16: ``TokenArrays.routes``, where any sample knows some."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
@@ -77,6 +79,7 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            routes=_routes(arrays),
             old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
             high_entropy=(
                 torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
@@ -108,6 +111,15 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def _routes(arrays: Sequence[TokenArrays]) -> torch.Tensor | None:
+    like = next((each.routes for each in arrays if each.routes is not None), None)
+    if like is None:
+        return None
+    unknown = (np.full((len(each), *like.shape[1:]), -1, np.int16) for each in arrays)
+    rows = [each.routes if each.routes is not None else none for each, none in zip(arrays, unknown, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _kept(

@@ -22,6 +22,7 @@ from posttrain.config import Lora
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import use_packed_attention
 from posttrain.learner.packing import PackedBatch
+from posttrain.routing import Routers
 
 ADAPTER = "default"
 
@@ -38,13 +39,21 @@ class HeadInputs:
 class Policy:
     """The model, its adapters if any, and a frozen copy of its start weights if wanted.
 
-    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. Raises
-    ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters are
-    not float32.
+    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. ``keep_routing``
+    sends tokens to the experts that they went to in the engine, as far as a batch says which, in the reference, too.
+    Raises ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters
+    are not float32.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, dtype: torch.dtype, lora: Lora | None, keep_reference: bool, seed: int
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        lora: Lora | None,
+        keep_reference: bool,
+        seed: int,
+        keep_routing: bool = False,
     ) -> None:
         _check_master_dtype(model)
         use_packed_attention(model)
@@ -53,6 +62,9 @@ class Policy:
         self._dtype = dtype
         self._reference = _frozen_copy(model) if keep_reference and lora is None else None
         self._reference_moved = False
+        self._routers = {
+            id(each): Routers(each) for each in (model, self._reference) if each is not None and keep_routing
+        }
         self._adapted = None if lora is None else _add_adapters(model, lora, seed)
         model.train()
 
@@ -119,6 +131,8 @@ class Policy:
         return {name: parameter.data for name, parameter in self._reference.named_parameters()}
 
     def _forward(self, model: PreTrainedModel, batch: PackedBatch) -> HeadInputs:
+        if id(model) in self._routers:
+            self._routers[id(model)].replay(batch.routes)
         with self._autocast():
             # The decoder alone: logits of all positions would be the biggest tensor of the step.
             output = model.get_decoder()(

@@ -41,6 +41,8 @@ class Position:
     """Numbers of the jobs that were started before and not learned from."""
     judging: Mapping[str, Any] | None = None
     """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+    refilled: Mapping[str, int] = field(default_factory=dict)
+    """``GroupStream.refilled``."""
 
 
 StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -103,6 +105,7 @@ class Session:
             workers=self.recipe.workers,
             substrate=substrate,
             truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -193,6 +196,8 @@ class Session:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
+        if isinstance(stream, GroupStream):
+            place["refilled"] = dict(stream.refilled)
         if judging is not None:
             place["judging"] = judging(pending)
         learner.save_checkpoint(stage.checkpoints, place)
@@ -227,11 +232,17 @@ class Session:
             dtype=self.dtype,
             lora=self.recipe.model.lora,
             keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), judging=saved.get("judging"))
+        position = Position(
+            step=saved["next_step"],
+            pending=tuple(saved["pending"]),
+            judging=saved.get("judging"),
+            refilled=saved.get("refilled", {}),
+        )
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
