@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +43,30 @@ def resolve_path(path: str) -> str:
             "hub name such as org/name, or package:IMPORT/sub/path; correct the path or make the checkpoint first"
         )
     return path
+
+
+def base_path(path: str, chat: Literal["template", "v4"]) -> str:
+    """Where the checkpoint is that a run starts from. For ``v4`` one whose tokenizer writes the V4 format: the given
+    one, or a copy of it in the cache that got the tokens it lacked, made on first use."""
+    resolved = resolve_path(path)
+    if chat == "template":
+        return resolved
+    from posttrain.conversation.vocabulary import CHAT_FORMAT, prepare_model, prepare_tokenizer
+
+    tokenizer = load_tokenizer(resolved)
+    if tokenizer.init_kwargs.get(CHAT_FORMAT) == "v4":
+        return resolved
+
+    def prepare(folder: Path) -> None:
+        import torch
+
+        added = prepare_tokenizer(tokenizer)
+        model = load_model(resolved, torch.float32)
+        prepare_model(model, tokenizer, added)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return str(_made(cache_dir() / "v4" / f"{Path(resolved).name}-{_content_hash(Path(resolved))}", prepare))
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -163,12 +188,17 @@ def _converted(gguf: Path) -> str:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
+    return str(_made(target, lambda folder: _convert(gguf, folder)))
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled now if it is not there."""
     if target.is_dir():
-        return str(target)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _convert(gguf, draft)
+        make(draft)
         # Renaming makes it whole or absent; a process that was faster left the same content.
         try:
             draft.rename(target)
@@ -177,7 +207,18 @@ def _converted(gguf: Path) -> str:
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return str(target)
+    return target
+
+
+def _content_hash(folder: Path) -> str:
+    """Of a checkpoint's files; of a hub name, of the name."""
+    digest = hashlib.sha256(str(folder).encode() if not folder.is_dir() else b"")
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+        if path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

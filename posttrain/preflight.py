@@ -6,15 +6,11 @@ import importlib.util
 import itertools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import Playable, Reward, Teacher, asks_policy
+from posttrain.protocols import ConversationFormat, Playable, Reward, Teacher, asks_policy
 from posttrain.types import Task
-
-if TYPE_CHECKING:
-    from posttrain.conversation.chat import ChatFormat
 
 PROBED_TASKS = 64
 """Training tasks looked at; a source may be endless."""
@@ -22,11 +18,11 @@ PROBED_TASKS = 64
 
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
-    from posttrain.conversation.chat import ChatFormat
-    from posttrain.models import context_window, has_experts, load_tokenizer, resolve_path
+    from posttrain.conversation.formats import open_format
+    from posttrain.models import base_path, context_window, has_experts, load_tokenizer
 
-    base = resolve_path(recipe.model.path)
-    chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
+    base = base_path(recipe.model.path, recipe.model.chat)
+    chat, window = open_format(load_tokenizer(base)), context_window(base)
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
     if recipe.workers.engine == "vllm":
@@ -34,7 +30,9 @@ def check_recipe(recipe: Recipe) -> None:
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(name, domain, task, window=window, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+            _check_window(
+                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
+            )
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
@@ -107,15 +105,15 @@ def _check_mixture(recipe: Recipe) -> None:
         _check_sampling(name, domain, recipe.distill.grpo)
 
 
-def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
+def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
     """Find now what would otherwise stop the merge, after all specialists were trained."""
-    from posttrain.conversation.chat import ChatFormat
+    from posttrain.conversation.formats import open_format
     from posttrain.models import load_tokenizer
 
     # Reading the fingerprint opens the checkpoint's files.
     _ = teacher.fingerprint
     tokenizer_path = getattr(teacher, "tokenizer_path", None)
-    if tokenizer_path is not None and ChatFormat(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
+    if tokenizer_path is not None and open_format(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
         raise RecipeError(
             f"domains.{name}.teacher = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
             "expected the same, since distillation compares token ids; choose a teacher of the model's family"
@@ -176,7 +174,7 @@ def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_
         )
 
 
-def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -> None:
+def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed: int) -> None:
     if domain.environment.max_turns > 1:
         try:
             chat.encode_observations(({"role": "tool", "content": "?"},))

@@ -36,11 +36,34 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Message(TypedDict):
-    """One message of a conversation, in the form Hugging Face chat templates take."""
+    """One message of a conversation, as plain JSON data in the form Hugging Face chat templates take.
+
+    Roles: ``system``, ``user``, ``assistant`` and ``tool``; the V4 format also knows ``developer`` and
+    ``latest_reminder``.
+    """
 
     role: str
     content: str
     reasoning: NotRequired[str]
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    """What an assistant calls: ``{"id", "type": "function", "function": {"name", "arguments"}}``, the id optional."""
+    tool_call_id: NotRequired[str]
+    """Which call a ``tool`` message answers."""
+    tools: NotRequired[Sequence[Mapping[str, Any]]]
+    """What may be called, on the system or developer message: ``{"type": "function", "function": {"name",
+    "description", "parameters"}}``."""
+    response_format: NotRequired[Mapping[str, Any]]
+    """JSON schema of the answers, on the system or developer message."""
+    task: NotRequired[str]
+    """A quick instruction that follows the message (``posttrain.conversation.v4_tokens.TASKS``)."""
+    url: NotRequired[str]
+    """The address that the quick instruction ``read_url`` asks about."""
+    wo_eos: NotRequired[bool]
+    """True: the assistant's message is not ended, and what is generated continues it."""
+    mask: NotRequired[bool]
+    """True: the assistant's message is context only, without loss in a demonstration."""
+    effort: NotRequired[str]
+    """On a demonstration's first message: the effort mode it is written in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +144,8 @@ class ToolCall:
 
     name: str
     arguments: Any
+    id: str = ""
+    """By which its result is matched to it, where the wire format or a data set names calls."""
 
 
 @dataclass(frozen=True, slots=True)

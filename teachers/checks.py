@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from posttrain.conversation.chat import ChatFormat
+from posttrain.conversation.formats import open_format
 from posttrain.divergence import divergence_sum
 from posttrain.errors import RecipeError
 from posttrain.models import load_tokenizer
@@ -112,7 +112,7 @@ def check_vocabulary_size(name: str, teacher_size: int, student_size: int) -> No
 
 def check_chat_format(name: str, teacher_tokenizer: Any, student_tokenizer: Any) -> None:
     """Both must write a conversation as the same tokens."""
-    theirs, ours = ChatFormat(teacher_tokenizer).fingerprint, ChatFormat(student_tokenizer).fingerprint
+    theirs, ours = open_format(teacher_tokenizer).fingerprint, open_format(student_tokenizer).fingerprint
     if theirs != ours:
         raise RecipeError(
             f"teacher {name!r}: chat format {theirs} differs from the student's {ours}. The teacher would judge "

@@ -352,7 +352,7 @@ def test_the_reference_moves_when_it_is_due_and_is_resumed_bit_for_bit(tmp_path:
 
     def steps(learner: Learner, count: int) -> list[float]:
         objective = GrpoObjective(config=config, max_completion_tokens=24, reference=learner.reference)
-        return [learn(learner, objective, samples, seed=str(learner.step))["kl_ref"] for _ in range(count)]
+        return [learn(learner, objective, samples, config, seed=str(learner.step))["kl_ref"] for _ in range(count)]
 
     learner = make_learner(model, keep_reference=True)
     batch = PackedBatch.collate(samples).to(learner.device)

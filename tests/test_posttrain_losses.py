@@ -357,7 +357,7 @@ def test_several_inner_epochs_equal_trls(trainer, rows, variant):
             row.ref = row.here
         row.old = row.here if corrects else row.behaviour
     objective = GrpoObjective(config=config, max_completion_tokens=BUDGET, reference=learner.reference)
-    found = learn(learner, objective, samples_of(rows, "engine" if corrects else "behaviour"), seed="")
+    found = learn(learner, objective, samples_of(rows, "engine" if corrects else "behaviour"), config, seed="")
 
     inputs = trl_inputs(trainer, rows, config)
     inputs["old_per_token_logps"] = padded([row.old for row in rows], max(COMPLETION_LENGTHS))

@@ -6,8 +6,10 @@ Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,11 +18,11 @@ from posttrain.divergence import Divergence, divergence_sum
 from posttrain.learner.distill_losses import bucket_divergence, gated_policy_gradient, sampled_token_advantages
 from posttrain.learner.logprobs import bucket_logprobs, token_logprobs, top_k_logprobs
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import without_rounding
+from posttrain.learner.objectives import Reference, without_rounding
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
-from posttrain.protocols import StateStore
-from posttrain.types import Sample
+from posttrain.protocols import OpenTeachers, StateStore, Teacher
+from posttrain.types import IntArray, Sample
 
 _TILE_BYTES = 2**28
 """Of a float32 [tokens x vocabulary] tile of the losses that are not ``posttrain.divergence``'s."""
@@ -54,6 +56,22 @@ class DistillObjective:
     """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
     logit_cap_of: Callable[[str], float | None] = _no_cap
     """A teacher's soft-capping of final logits by name, None for none."""
+    teachers: OpenTeachers | None = None
+    """They fill ``states`` before each mini-batch, which then is freed; None where it is filled beforehand."""
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Have the samples read by their teachers."""
+        if self.teachers is not None:
+            self.teachers.cache_states(samples)
+
+    def release(self, samples: Sequence[Sample]) -> None:
+        """Free the states of the samples."""
+        if self.teachers is not None:
+            self.states.free(sample.id for sample in samples)
+
+    def costs(self) -> Mapping[str, float]:
+        """The teachers' costs since the last call."""
+        return {} if self.teachers is None else self.teachers.costs()
 
     def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """The batch's share of the distillation loss and its metrics.
@@ -178,6 +196,25 @@ class DistillObjective:
                 "expected one per loss token. Were the states made from the same sample?"
             )
         return states_LE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSpec:
+    """Of a ``DistillObjective`` whose teachers read each mini-batch before its update."""
+
+    config: Distill
+    teachers: Mapping[str, Teacher]
+    """By name, as ``Sample.teacher`` has it."""
+    student_path: str
+    probes: Mapping[str, Sequence[IntArray]]
+    """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
+    folder: Path | None = None
+
+    @contextlib.contextmanager
+    def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
+        library, probes = self.config.teachers, self.probes if check else None
+        with library.open(self.teachers, student_path=self.student_path, probes=probes, folder=self.folder) as opened:
+            yield DistillObjective(config=self.config, states=opened.store, head_of=opened.head, teachers=opened)
 
 
 def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:

@@ -16,9 +16,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, SandboxError
-from posttrain.protocols import Completer, Environment, Episode, KeepsBoxes, Reward, Sandbox, Substrate
+from posttrain.protocols import (
+    Completer,
+    ConversationFormat,
+    Environment,
+    Episode,
+    KeepsBoxes,
+    Reward,
+    Sandbox,
+    Substrate,
+)
 from posttrain.types import (
     FinishReason,
     IntArray,
@@ -39,7 +47,7 @@ class Policy:
     """What a rollout needs to let a model speak."""
 
     engine: Completer
-    chat: ChatFormat
+    chat: ConversationFormat
     sampling: Sampling
     max_sequence_tokens: int
     seed: int
@@ -163,6 +171,7 @@ async def run_rollout(
                 box = await stack.enter_async_context(boxes.open(task.sandbox, attempt=attempt))
             starting = environment.start(task, box)
             episode = await starting if inspect.isawaitable(starting) else starting
+            policy = replace(policy, chat=policy.chat.at(task.effort))
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
             while await _play_turn(rollout_id, transcript, policy, episode, clock, max_turns=environment.max_turns):
                 if len(transcript.turns) == environment.max_turns:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
-from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, UnreadableReply
 from posttrain.protocols import (
     Completer,
+    ConversationFormat,
     Environment,
     GroupReward,
     PolicyJudged,
@@ -83,7 +83,7 @@ class EngineAsk:
     """Lets an engine answer judge prompts (``posttrain.protocols.Ask``); one cut off by its budget is unreadable."""
 
     engine: Completer
-    chat: ChatFormat
+    chat: ConversationFormat
 
     async def __call__(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> str:
         prompt_ids = self.chat.encode_prompt(messages)
@@ -136,7 +136,7 @@ class Player:
         *,
         engine: Completer,
         judge_engine: Completer | None,
-        chat: ChatFormat,
+        chat: ConversationFormat,
         substrate: Substrate | None,
         workers: Workers,
         outcomes: Outcomes | None = None,

@@ -11,13 +11,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from posttrain.config import Distill, Domain
-from posttrain.conversation.chat import ChatFormat
+from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
-from posttrain.learner.distillation import DistillObjective
-from posttrain.learner.learner import Learner
+from posttrain.learner.distillation import DistillSpec
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import Objective
 from posttrain.models import load_tokenizer
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import OpenTeachers, Teacher
+from posttrain.protocols import Teacher
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import distill_samples, rollout_metrics
@@ -50,30 +51,33 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    states = stage.path / "states"
-    with config.teachers.open(everyone, student_path=session.base_path, probes=probes, folder=states) as opened:
-        objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
-        if first == 0:
-            check_self_distillation(learner, objective, opened, probes[ITSELF])
-        for step in range(first, config.max_steps):
-            with session.waiting(learner, stage, step, stream):
-                groups = stream.take()
-            with PREEMPTION.postponed():
-                session.check_scored(stage, groups)
-                samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-                opened.cache_states(samples)
-                metrics = rollout_metrics(groups) | session.rollouts.take_counters()
-                metrics["paused_s"] = stream.take_paused_s()
-                metrics |= learner.update(samples, objective) | dict(opened.costs())
-                opened.store.free(sample.id for sample in samples)
-                free_groups(groups)
-                if on_policy:
-                    session.send_policy(learner, version=step + 1)
-                log.write_groups(groups, step)
-                session.metrics.log(stage.name, step + 1, metrics)
-                progress.update(step + 1, metrics)
-                if (step + 1) % config.save_steps == 0:
-                    session.save_checkpoint(learner, stage, step + 1, stream)
+    spec = DistillSpec(
+        config=config,
+        teachers=everyone,
+        student_path=session.base_path,
+        probes=probes,
+        folder=stage.path / "states",
+    )
+    objective = learner.open_objective(spec)
+    if first == 0:
+        check_self_distillation(learner, objective, probes[ITSELF])
+    for step in range(first, config.max_steps):
+        with session.waiting(learner, stage, step, stream):
+            groups = stream.take()
+        with PREEMPTION.postponed():
+            session.check_scored(stage, groups)
+            samples = distill_samples((r for g in groups for r in g.rollouts), weights)
+            metrics = rollout_metrics(groups) | session.rollouts.take_counters()
+            metrics["paused_s"] = stream.take_paused_s()
+            metrics |= learner.update(samples, objective)
+            free_groups(groups)
+            if on_policy:
+                session.send_policy(learner, version=step + 1)
+            log.write_groups(groups, step)
+            session.metrics.log(stage.name, step + 1, metrics)
+            progress.update(step + 1, metrics)
+            if (step + 1) % config.save_steps == 0:
+                session.save_checkpoint(learner, stage, step + 1, stream)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -94,9 +98,7 @@ def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Map
     return teachers
 
 
-def check_self_distillation(
-    learner: Learner, objective: DistillObjective, opened: OpenTeachers, probes: Sequence[IntArray]
-) -> None:
+def check_self_distillation(learner: AnyLearner, objective: Objective, probes: Sequence[IntArray]) -> None:
     """A student that is its own teacher has nothing to learn; checked on the very path that will train it.
 
     Raises ``RecipeError`` when the KL through cache, head and learner is more than rounding.
@@ -111,10 +113,7 @@ def check_self_distillation(
         )
         for index, probe in enumerate(probes)
     ]
-    opened.cache_states(samples)
     kl = learner.evaluate(samples, objective)["kl"]
-    opened.store.free(sample.id for sample in samples)
-    opened.costs()
     if not kl <= MAX_SELF_KL:
         raise RecipeError(
             f"the student as its own teacher: KL(student || teacher) = {kl:.4g} nats per token in the learner, "
@@ -125,9 +124,9 @@ def check_self_distillation(
 
 def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:
     """A few encoded prompts of a domain, for the start-up checks of its teacher."""
-    chat = ChatFormat(load_tokenizer(session.base_path))
+    chat = open_format(load_tokenizer(session.base_path))
     tasks = itertools.islice(domain.tasks.train(seed=session.recipe.seed), count)
-    return [chat.encode_prompt(task.prompt) for task in tasks]
+    return [chat.at(task.effort).encode_prompt(task.prompt) for task in tasks]
 
 
 def jobs_of_steps(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config import GRPO, Domain, Recipe
-from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import GrpoObjective, compares_with_start, with_start
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import GrpoSpec, Objective, compares_with_start, with_start
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
@@ -75,12 +75,12 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
     first = position.step
     judge_domain = training.judge_training
     judging = Judging(session, stage, judge_domain, position.judging) if judge_domain is not None else None
-    objective = GrpoObjective(
+    spec = GrpoSpec(
         config=config,
         max_completion_tokens=max(map(_max_completion_tokens, training.domains.values())),
         temperature=next(iter(training.domains.values())).sampling.temperature,
-        reference=learner.reference if config.beta > 0 else None,
     )
+    objective = learner.open_objective(spec)
     session.send_policy(learner, version=first)
     stream = open_stream(session, stage, training, position, judging)
     refills = _refills(session, training, position)
@@ -122,7 +122,7 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"
-            metrics |= learn(learner, objective, samples, seed=order)
+            metrics |= learn(learner, objective, samples, config, seed=order)
             free_groups(groups)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step, advantages=advantages)
@@ -186,9 +186,10 @@ def _max_completion_tokens(domain: Domain) -> int:
     return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
 
 
-def learn(learner: Learner, objective: GrpoObjective, samples: Sequence[Sample], *, seed: str) -> dict[str, float]:
+def learn(
+    learner: AnyLearner, objective: Objective, samples: Sequence[Sample], config: GRPO, *, seed: str
+) -> dict[str, float]:
     """All optimizer steps of one rollout batch, and its metrics."""
-    config = objective.config
     if compares_with_start(config):
         samples = with_start(samples, learner.token_stats(samples, objective), config)
     updates = []
@@ -230,7 +231,7 @@ def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class JudgeSnapshots:
     """The lagged policy snapshot that judges, kept on disk so that a resumed run has the same judge."""
 
-    def __init__(self, session: Session, learner: Learner, *, folder: Path) -> None:
+    def __init__(self, session: Session, learner: AnyLearner, *, folder: Path) -> None:
         self._session, self._learner, self._folder = session, learner, folder
 
     def restore(self, step: int, start: str) -> None:

@@ -289,7 +289,14 @@ def judge_task(data: Mapping[str, Any]) -> JudgeTask:
 
 def _task(data: Mapping[str, Any]) -> Task:
     prompt: tuple[Message, ...] = tuple(data["prompt"])
-    return Task(id=data["id"], domain=data["domain"], prompt=prompt, answer=data["answer"], info=data["info"])
+    return Task(
+        id=data["id"],
+        domain=data["domain"],
+        prompt=prompt,
+        answer=data["answer"],
+        info=data["info"],
+        effort=data.get("effort"),
+    )
 
 
 def credit_both_orders(group: Group) -> Group:
