@@ -98,24 +98,53 @@ class GRPO(Value):
     groups_per_step: Positive = 8
     """Tasks per rollout step; each gives ``num_generations`` rollouts."""
     num_generations: int = Field(default=8, ge=2)
+    max_refills: int = Field(default=0, ge=0)
+    """How often a step plays other tasks in place of those whose rollouts all earned the same, which teach nothing and
+    then leave the update altogether (DAPO's dynamic sampling, arXiv 2503.14476)."""
     num_iterations: Positive = 1
     """Passes over each rollout batch (mu in the paper)."""
     minibatches_per_step: Positive = 1
     """Optimizer steps per pass; samples are shuffled over mini-batches."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
-    """As in TRL. Where it divides by tokens, tokens of rollouts without any gradient are not counted, as if dynamic
-    sampling (arXiv 2503.14476) had left them out."""
+    loss_type: Literal["grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """As in TRL, and ``gspo``: ``grpo`` with the ratio of whole sequences (arXiv 2507.18071). Where it divides by
+    tokens, tokens of rollouts without any gradient are not counted, as if dynamic sampling (arXiv 2503.14476) had left
+    them out."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """``sequence`` with ``loss_type="grpo"`` is GSPO (arXiv 2507.18071)."""
+    """Whether each token has a ratio of its own or the geometric mean of its sequence."""
+    importance_sampling_correction: (
+        Literal[
+            "token_truncate",
+            "token_mask",
+            "sequence_truncate",
+            "sequence_mask",
+            "geometric_truncate",
+            "geometric_mask",
+        ]
+        | None
+    ) = None
+    """None: the ratio is to the engine's own log-probabilities, which covers all differences at once. Otherwise the
+    ratio and its clip are to the learner's policy at the start of the step, one more forward pass, and the loss is
+    weighted by that policy over the engine's, clamped or masked: for several updates per step with an engine that
+    computes differently, such as one in lower precision. TRL's ``vllm_importance_sampling_mode``; ``geometric`` goes by
+    the mean over a sequence instead of its sum, which rises with length."""
+    importance_sampling_clip_min: float = Field(default=0.0, ge=0)
+    importance_sampling_clip_max: float = Field(default=3.0, gt=0)
+    """Bounds of the correction's weight."""
     scale_rewards: Literal["group", "batch", "none"] = "none"
     """Divisor of the centred reward; V3.2 centres only."""
     epsilon: float = Field(default=0.2, gt=0)
     epsilon_high: float | None = None
     """Upper clip; None means ``epsilon`` (for cispo it is the absolute cap of the ratio)."""
     delta: float | None = None
-    """Two-sided clip: upper bound of the ratio for negative advantages."""
+    """Upper bound of the ratio for negative advantages: the two-sided clip of INTELLECT-2, which from
+    ``1 + epsilon_high`` on is the dual clip of arXiv 1912.09729 (3.0 there)."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the model at the start of the stage."""
+    """Weight of the KL to the reference: the model at the start of the stage, or as it was last synchronised."""
+    sync_ref_model: bool = False
+    """Move the reference after every ``ref_model_sync_steps`` optimizer steps to ``alpha policy + (1 - alpha)
+    reference``, with ``alpha = ref_model_mixup_alpha`` (arXiv 2404.09656); 1 replaces it, as R1-Zero did every 400."""
+    ref_model_mixup_alpha: Fraction = 0.6
+    ref_model_sync_steps: Positive = 512
     use_bias_correction_kl: bool = True
     """Multiply K3 by the importance ratio, which makes its gradient unbiased (V3.2)."""
     off_policy_mask_threshold: float | None = None
@@ -123,10 +152,21 @@ class GRPO(Value):
     keep_sampling_mask: bool = True
     """Where sampling was truncated, compare policies over the tokens it chose from (V3.2); False: over all tokens,
     though the sampler's log-probabilities are not."""
+    keep_routing: bool = True
+    """In a mixture-of-experts model, send tokens to the experts that they went to in the engine (V3.2); without effect
+    on other models. False: wherever the learner's own rounding sends them."""
     mask_truncated_completions: bool = False
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     entropy_coef: float = 0.0
+    """Weight of the mean entropy of all loss tokens, which is added to what is maximised."""
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
+    """Share of the step's loss tokens that the policy loss acts on: those of the highest entropy at the start of the
+    step, one more forward pass (arXiv 2506.01939, which takes 0.2). KL and entropy terms act on all."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps that rollouts may run ahead of the learner. 0: every token of a step is drawn by the weights it updates.
     Otherwise rollouts and learning overlap, new weights reach rollouts in flight, a step takes the first groups that
@@ -135,6 +175,14 @@ class GRPO(Value):
     tokens_per_micro_batch: Positive = 4096
     """Token budget of one packed forward pass; the number of micro-batches follows from the work."""
     save_steps: Positive = 25
+
+    @model_validator(mode="after")
+    def _synchronises_what_it_uses(self) -> Self:
+        if self.sync_ref_model and self.beta == 0:
+            raise RecipeError(
+                "grpo.sync_ref_model is on with beta = 0, which uses no reference; set beta, or sync_ref_model to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cispo_has_a_cap(self) -> Self:
@@ -489,3 +537,8 @@ class Recipe(Value):
                 f"group of every domain, {len(self.domains) * self.distill.num_generations}; raise it"
             )
         return self
+
+    def grpo_settings(self) -> list[GRPO]:
+        """Of all stages that train with it."""
+        found = [domain.grpo for domain in self.domains.values() if domain.grpo is not None]
+        return [*found, self.distill.grpo] if isinstance(self.distill, MixedRL) else found

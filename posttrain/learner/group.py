@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.learner.learner import Learner, with_loss
-from posttrain.learner.objectives import Objective, ObjectiveSpec
+from posttrain.learner.objectives import Objective, ObjectiveSpec, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, divide_over_ranks
 from posttrain.learner.policy import HeadInputs
 from posttrain.learner.rank import COLLECTIVE, Failure, LearnerSpec, Place, Rank, attempt, raise_first
@@ -138,6 +138,15 @@ class LearnerGroup:
     def evaluate(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
         """See ``Learner.evaluate``."""
         return add_up(self._on_shares("measure", samples, self._number(objective), Totals.of(samples))).metrics()
+
+    def token_stats(self, samples: Sequence[Sample], objective: Objective) -> dict[str, TokenStats]:
+        """See ``Learner.token_stats``."""
+        shares = self._on_shares("token_stats", samples, self._number(objective))
+        return {sample_id: stats for share in shares for sample_id, stats in share.items()}
+
+    def sync_reference(self, alpha: float) -> None:
+        """See ``Learner.sync_reference``."""
+        self._everywhere("sync_reference", alpha)
 
     def reference(self, batch: PackedBatch) -> HeadInputs:
         """See ``Learner.reference``."""

@@ -27,7 +27,7 @@ from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import Objective, ObjectiveSpec, Prepares
+from posttrain.learner.objectives import GrpoObjective, Objective, ObjectiveSpec, Prepares, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
 from posttrain.learner.tally import Tally, step_metrics
@@ -41,13 +41,14 @@ class Learner:
     compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule. A
     micro-batch holds at most ``tokens_per_micro_batch`` tokens, or one longer sample, whose activations are computed
     twice rather than kept.
-    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
+    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise);
+    ``keep_routing`` replays the expert choices that samples bring along (``posttrain.routing``).
 
     Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
     weights that are not float32, and when started in several processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings of their own, all but the first by name
         self,
         model: PreTrainedModel,
         *,
@@ -57,6 +58,7 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         lora: Lora | None = None,
         keep_reference: bool = False,
+        keep_routing: bool = False,
         seed: int = 0,
     ) -> None:
         self._accelerator = Accelerator()
@@ -71,7 +73,14 @@ class Learner:
         """Tokens per micro-batch."""
         self._opened: list[tuple[Objective, contextlib.ExitStack]] = []
         self._to_release: tuple[Prepares, Sequence[Sample]] | None = None
-        self._policy = Policy(model.to(self.device), dtype=dtype, lora=lora, keep_reference=keep_reference, seed=seed)
+        self._policy = Policy(
+            model.to(self.device),
+            dtype=dtype,
+            lora=lora,
+            keep_reference=keep_reference,
+            keep_routing=keep_routing,
+            seed=seed,
+        )
         self._optimizer = self._accelerator.prepare(_adamw(self.parameters(), optim))
         self._scheduler = get_scheduler(
             optim.lr_scheduler_type,
@@ -187,8 +196,32 @@ class Learner:
         """What is trained, in an order that only the model and its adapters decide."""
         return list(self._policy.trained().values())
 
+    @torch.no_grad()
+    def token_stats(self, samples: Sequence[Sample], objective: Objective) -> dict[str, TokenStats]:
+        """What the policy of this moment says of the samples' loss tokens, by sample id, on the CPU.
+
+        ``TypeError`` for an objective other than GRPO's.
+        """
+        if not isinstance(objective, GrpoObjective):
+            raise TypeError(f"{type(objective).__name__} has no statistics of single tokens; expected a GrpoObjective")
+        found: dict[str, TokenStats] = {}
+        trained = [sample for sample in samples if sample.num_loss_tokens]
+        for members in plan_micro_batches(trained, self.budget):
+            batch = PackedBatch.collate(members).to(self.device)
+            stats = objective.token_stats(self._policy.forward(batch), batch)
+            sizes = [sample.num_loss_tokens for sample in members]
+            rows = zip(stats.logprobs.cpu().split(sizes), stats.entropies.cpu().split(sizes), strict=True)
+            for sample_id, (logprobs, entropies) in zip(batch.sample_ids, rows, strict=True):
+                found[sample_id] = TokenStats(logprobs=logprobs, entropies=entropies)
+        return found
+
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``; checkpoints then hold it."""
+        self._policy.sync_reference(alpha)
+
     def reference(self, batch: PackedBatch) -> HeadInputs:
-        """States and head of the model as it was when this learner was made, without gradient.
+        """States and head of the reference, without gradient: the model as it was when this learner was made, or as
+        it was last synchronised.
 
         Raises ``ValueError`` unless the learner was built with ``keep_reference`` or LoRA.
         """
@@ -231,6 +264,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "rng": rng_state(),
+            "reference": self._policy.moved_reference(),
         }
         return save_checkpoint(root, step=self.step, state=state, caller=caller)
 
@@ -251,6 +285,7 @@ class Learner:
         self._optimizer.load_state_dict(checkpoint.state["optimizer"])
         self._scheduler.load_state_dict(checkpoint.state["scheduler"])
         set_rng_state(checkpoint.state["rng"])
+        self._policy.restore_reference(checkpoint.state.get("reference", {}))
         self.step = checkpoint.step
         return checkpoint.caller
 

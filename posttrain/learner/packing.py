@@ -50,6 +50,12 @@ class PackedBatch:
     """[K] int64: where sampling was truncated, the tokens it chose from, loss token after loss token; or None."""
     kept_offsets: torch.Tensor | None = None
     """[N + 1] int64: where each loss token's kept ids begin, then K. One without any was drawn from all tokens."""
+    old_logprobs: torch.Tensor | None = None
+    """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
+    high_entropy: torch.Tensor | None = None
+    """[N] bool: ``StepStart.high_entropy``."""
+    routes: torch.Tensor | None = None
+    """[T, layers, experts per token] int16: ``TokenArrays.routes``, where any sample knows some."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
@@ -62,6 +68,8 @@ class PackedBatch:
         token_ids = np.concatenate([each.token_ids for each in arrays])
         logprobs = np.concatenate([each.logprobs for each in arrays])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
+        starts_of = [sample.start for sample in samples if sample.start is not None]
+        started = len(starts_of) == len(samples) > 0
         return cls(
             samples=tuple(samples),
             token_ids=torch.from_numpy(token_ids.astype(np.int64)),
@@ -75,6 +83,11 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            routes=_routes(arrays),
+            old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
+            high_entropy=(
+                torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
+            ),
         )
 
     @property
@@ -97,6 +110,15 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def _routes(arrays: Sequence[TokenArrays]) -> torch.Tensor | None:
+    like = next((each.routes for each in arrays if each.routes is not None), None)
+    if like is None:
+        return None
+    unknown = (np.full((len(each), *like.shape[1:]), -1, np.int16) for each in arrays)
+    rows = [each.routes if each.routes is not None else none for each, none in zip(arrays, unknown, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _kept(

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import Objective, ObjectiveSpec
+from posttrain.learner.objectives import Objective, ObjectiveSpec, TokenStats
 from posttrain.learner.packing import Totals
 from posttrain.learner.tally import Tally
 from posttrain.types import Sample
@@ -50,6 +50,7 @@ class LearnerSpec:
     dtype: torch.dtype = torch.float32
     lora: Lora | None = None
     keep_reference: bool = False
+    keep_routing: bool = False
     seed: int = 0
 
     def build(self) -> Learner:
@@ -61,6 +62,7 @@ class LearnerSpec:
             dtype=self.dtype,
             lora=self.lora,
             keep_reference=self.keep_reference,
+            keep_routing=self.keep_routing,
             seed=self.seed,
         )
 
@@ -162,6 +164,12 @@ class Rank:
 
     def measure(self, samples: Sequence[Sample], number: int, totals: Totals) -> Tally:
         return self.learner.measure(samples, self._objectives[number], totals)
+
+    def token_stats(self, samples: Sequence[Sample], number: int) -> dict[str, TokenStats]:
+        return self.learner.token_stats(samples, self._objectives[number])
+
+    def sync_reference(self, alpha: float) -> None:
+        self.learner.sync_reference(alpha)
 
     def sum_gradients(self, present: Sequence[bool]) -> None:
         """Sum the gradients over processes, of the parameters that have one in any of them.

@@ -16,12 +16,27 @@ AdvantageRows = Sequence[Sequence[float]]
 """Per group, per rollout; NaN where a rollout is left out of the update."""
 
 
+def modes_of(group: Group) -> list[list[int]]:
+    """Indices of the rollouts in each effort mode that the task is played in."""
+    modes: dict[str | None, list[int]] = {}
+    for index, rollout in enumerate(group.rollouts):
+        modes.setdefault(rollout.task.effort, []).append(index)
+    return list(modes.values())
+
+
 def group_advantage_rows(groups: Sequence[Group], config: GRPO | Distill, *, min_group_size: int) -> list[list[float]]:
-    """Group-relative advantages. Unscored rollouts, and whole groups with too few scored ones, are NaN."""
-    scores = [[score.value for score in group.scores] for group in groups]
+    """Advantages relative to the rollouts of the same prompt in the same effort mode, which length sets apart.
+
+    Unscored rollouts, and all of a mode with too few scored ones, are NaN.
+    """
+    places = [(group, index, mode) for index, group in enumerate(groups) for mode in modes_of(group)]
+    scores = [[group.scores[i].value for i in mode] for group, _, mode in places]
     usable = [row if sum(v is not None for v in row) >= min_group_size else [None] * len(row) for row in scores]
-    rows = group_advantages(usable, config.scale_rewards)
-    return [[math.nan if value is None else value for value in row] for row in rows]
+    rows = [[math.nan] * len(group.scores) for group in groups]
+    for (_, index, mode), found in zip(places, group_advantages(usable, config.scale_rewards), strict=True):
+        for rollout, value in zip(mode, found, strict=True):
+            rows[index][rollout] = math.nan if value is None else value
+    return rows
 
 
 def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRPO) -> list[Sample]:

@@ -41,6 +41,8 @@ class Position:
     """Numbers of the jobs that were started before and not learned from."""
     kept: Mapping[str, Any] | None = None
     """What else the stage kept, such as the judge prompts that are trained on."""
+    refilled: Mapping[str, int] = field(default_factory=dict)
+    """``GroupStream.refilled``."""
 
 
 StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -111,6 +113,7 @@ class Session:
                 for domain in self.recipe.domains.values()
                 for effort in (None, *domain.efforts)
             ),
+            keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -212,6 +215,8 @@ class Session:
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
         if state is not None:
             place["kept"] = state(pending)
+        if isinstance(stream, GroupStream):
+            place["refilled"] = dict(stream.refilled)
         learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
@@ -244,13 +249,19 @@ class Session:
             dtype=self.dtype,
             lora=self.recipe.model.lora,
             keep_reference=config.beta > 0,
+            keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
         learner = open_learner(spec, self.recipe.workers.num_learners)
         self._stack.callback(learner.close)
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), kept=saved.get("kept"))
+        position = Position(
+            step=saved["next_step"],
+            pending=tuple(saved["pending"]),
+            kept=saved.get("kept"),
+            refilled=saved.get("refilled", {}),
+        )
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
