@@ -155,6 +155,11 @@ def test_teachers_that_are_absent_from_a_process_change_nothing(spec, teaching, 
         assert found["teacher/bytes_cached"] == expected["teacher/bytes_cached"]
     # Three teachers, one of them on both ranks.
     assert found["teacher/head_loads"] == 4
+    # What teachers read for a step that failed is there for the next one.
+    with pytest.raises(FloatingPointError, match="learner process 0 of 2"):
+        group.update([replace(sample, weight=math.nan) for sample in samples], shared)
+    assert group.update(samples, shared)["teacher/tokens"] == expected["teacher/tokens"]
+    one.update(samples, alone)
     # One rank has nothing to do.
     lonely = [sample for sample in samples if sample.domain == "prose"]
     assert_same(group.update(lonely, shared), one.update(lonely, alone))
