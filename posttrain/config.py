@@ -308,7 +308,9 @@ class Evaluation(Value):
     num_tasks: Positive = 200
     """Held-out tasks per domain."""
     num_samples: Positive = 4
-    """Sampled rollouts per task, besides one greedy rollout."""
+    """Sampled rollouts per task."""
+    greedy: bool = True
+    """Whether each task is played once with greedy decoding, too."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     bootstrap_resamples: Positive = 2000
 
@@ -328,6 +330,10 @@ class Workers(Value):
     """vLLM splits the model over them (tensor parallel)."""
     threads_per_actor: int = Field(default=0, ge=0)
     """Torch threads in an actor; 0 takes all cores of the node."""
+    num_learners: Positive = 1
+    """Learner processes on this machine that share each mini-batch of GRPO and distillation, each with a GPU of its
+    own or its part of the cores, a copy of the weights, and teachers of its own for the samples it gets. The loss is
+    one process's."""
     max_batch_size: Positive = 64
     """Rows decoded together by one engine."""
     max_batch_tokens: Positive = 1 << 17

@@ -7,6 +7,7 @@ complete checkpoint brings back weights, optimizer, data order and random state.
 from __future__ import annotations
 
 import errno
+import itertools
 import shutil
 import tempfile
 import time
@@ -56,8 +57,11 @@ def plan(recipe: Recipe) -> list[Stage]:
     return [*stages, Stage(kind="evaluate")]
 
 
-def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
-    """Run all stages into ``path`` and return the report. Raises ``RecipeError`` before anything is lost."""
+def run_recipe(recipe: Recipe, path: Path, *, resume: bool, stop_before: str | None = None) -> dict[str, Any]:
+    """Run all stages into ``path``, or those before the first of kind ``stop_before``, and return the report.
+
+    Raises ``RecipeError`` before anything is lost.
+    """
     run = RunDir(path)
     if run.recipe.exists() and not resume:
         raise RecipeError(
@@ -76,9 +80,10 @@ def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
             Progress() as progress,
             Session(recipe=recipe, run=run, metrics=metrics, progress=progress) as session,
         ):
-            for stage in plan(recipe):
+            for stage in itertools.takewhile(lambda stage: stage.kind != stop_before, plan(recipe)):
                 _run_stage(session, stage)
-        run.log_event(EventKind.FINISHED)
+        if stop_before is None:
+            run.log_event(EventKind.FINISHED)
         return report_run(run, recipe.evaluation)
 
 
@@ -212,6 +217,6 @@ def _standing(evaluation: DomainEvaluation, options: Bootstrap) -> dict[str, Any
         "n": len(evaluation.task_ids),
         "sampled": sampled.value,
         "sampled_ci": [sampled.low, sampled.high],
-        "greedy": bootstrap_mean(scores.greedy, options).value,
+        "greedy": bootstrap_mean(scores.greedy, options).value if scores.greedy.size else None,
         "unscored": int(np.isnan(scores.sampled).sum() + np.isnan(scores.greedy).sum()),
     }

@@ -510,12 +510,12 @@ class TeacherLibrary(Protocol):
         teachers: Mapping[str, Teacher],
         *,
         student_path: str,
-        probes: Mapping[str, Sequence[IntArray]],
+        probes: Mapping[str, Sequence[IntArray]] | None,
         folder: Path | None = None,
     ) -> AbstractContextManager[OpenTeachers]:
         """Check every teacher against the student, then open them. Raises ``RecipeError``.
 
-        ``probes`` are, by teacher, a few token sequences of its domain to check it on. ``folder`` is where states may
-        lie, for a later process that goes on from here.
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on; None where another process has
+        checked them. ``folder`` is where states may lie, for a later process that goes on from here.
         """
         ...

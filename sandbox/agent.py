@@ -811,10 +811,6 @@ def drop_rights(agent: Agent, identity: tuple[int, int], stdio: tuple[int, int, 
     # The first victim when memory runs out is the payload, never the agent.
     with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:  # noqa: PTH123 (pathlib costs 5 ms to import)
         file.write(b"1000")
-    if folder < 0:
-        os.chdir(agent.workdir)
-    else:
-        os.fchdir(folder)
     for limit, value in agent.limits:
         resource.setrlimit(limit, (value, value))
     os.setgroups([mark] if mark else [])
@@ -823,6 +819,10 @@ def drop_rights(agent: Agent, identity: tuple[int, int], stdio: tuple[int, int, 
         os.umask(0o022)
     os.setresgid(agent.gid, agent.gid, agent.gid)
     os.setresuid(uid, uid, uid)
+    if folder < 0:
+        os.chdir(agent.workdir)
+    else:
+        os.fchdir(folder)
 
 
 def restore_signals() -> None:

@@ -10,7 +10,6 @@ import itertools
 import marshal
 import math
 import os
-import re
 import resource
 import socket
 import stat
@@ -40,7 +39,6 @@ MAX_USERS = 16
 """Named users of a box."""
 IDS = SLOTS + MAX_USERS
 """Uids and gids of a box, in one row: those of its slots, then those of its users."""
-USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 ROOT = ("root", "toor")
 """Names that promise what no payload gets."""
 MAX_HELD = AT_ONCE - 2
@@ -54,7 +52,12 @@ FILE_DEADLINE_S = 30.0
 SNAPSHOT_DEADLINE_S = 300.0
 BATCH_BYTES, BATCH_ENTRIES = 1 << 20, 1000
 """Of a layer, what is sent at a time."""
-LAYER_KINDS = {"file": agent_files.FILE, "directory": agent_files.FOLDER, "link": agent_files.LINK}
+LAYER_KINDS = {
+    "file": agent_files.FILE,
+    "directory": agent_files.FOLDER,
+    "link": agent_files.LINK,
+    "user": agent_files.USER,
+}
 EXECUTABLE = 0o775
 AGENT_MEMORY_MB = 24
 TMP_MB = 16
@@ -327,16 +330,19 @@ class AgentSandbox:
         await self._load(agent_files)
         batch: list[bytes] = []
         closed: list[bytes] = []
+        # What a directory needs to be filled: by its owner, and by others where there are several.
+        filling = 0o700
         file = await asyncio.to_thread(layers.opened, digest)
         for node, pieces in layers.members(file):
             kind = LAYER_KINDS[node.kind]
+            filling = 0o777 if node.kind == "user" else filling
             # A directory stays open to be filled, and gets its own permissions at the end.
-            mode = node.mode | 0o700 if node.kind == "directory" else node.mode
+            mode = node.mode | filling if node.kind == "directory" else node.mode
             if mode != node.mode:
-                closed.insert(0, agent.pack(kind, node.path, node.mode, 0, 0, 0, b""))
+                closed.insert(0, agent.pack(kind, node.path, node.owner, node.mode, 0, 0, 0, b""))
             offset = 0
             for piece in pieces if node.size else [os.fsencode(node.target)]:
-                batch.append(agent.pack(kind, node.path, mode, node.modified_ns, node.size, offset, piece))
+                batch.append(agent.pack(kind, node.path, node.owner, mode, node.modified_ns, node.size, offset, piece))
                 offset += len(piece)
                 if sum(map(len, batch)) > BATCH_BYTES or len(batch) >= BATCH_ENTRIES:
                     await self.ask(agent_files.LAY, b"".join(batch))
@@ -800,7 +806,7 @@ def check_user(user: str | None) -> str:
         raise ValueError(
             f"user = {user!r}: nothing that runs in a box is root; expected another name, or None for a fresh uid"
         )
-    if not USER.fullmatch(user):
+    if not layers.USER.fullmatch(user):
         raise ValueError(
             f"user = {user!r}: expected a name of at most 32 small letters, digits, '_' and '-' that begins with a "
             "letter or '_', or None for a fresh uid"
@@ -915,11 +921,12 @@ def _draw(draft: layers.Draft, fields: Fields) -> None:
     if fields[0] == agent_files.DATA:
         draft.feed(fields[1])
         return
-    kind, path, mode, modified_ns, last = fields
+    kind, path, owner, mode, modified_ns, last = fields
     draft.add(
         layers.Node(
             path=_text(path),
             kind=next(name for name, code in LAYER_KINDS.items() if code == kind),
+            owner=_text(owner),
             mode=int(mode),
             modified_ns=int(modified_ns),
             size=int(last) if kind == agent_files.FILE else 0,

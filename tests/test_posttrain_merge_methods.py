@@ -20,6 +20,11 @@ from posttrain.loader import load_recipe
 from posttrain.models import load_tokenizer
 from posttrain.overrides import apply_overrides
 from posttrain.preflight import check_recipe
+from posttrain.runs.metrics import MetricsLog, read_metrics
+from posttrain.runs.progress import Progress
+from posttrain.runs.rundir import RunDir
+from posttrain.stages.merge_weights import run_merge_weights_stage
+from posttrain.stages.session import Session
 from teachers.sources import AdapterTeacher, HFTeacher
 from tests.test_posttrain_resume import kill_at, metrics_of, rollouts_of
 from tests.tiny_models import save_tiny_model
@@ -181,20 +186,33 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, output
 
 
+def test_the_stage_leaves_a_checkpoint_in_the_compute_type_and_what_it_measured(models, tmp_path):
+    run = RunDir(tmp_path / "run")
+    recipe = load_recipe(f"{RECIPE}:ties", [f"model.path={models[0]}", "model.dtype=bfloat16"])
+    stage = run.stage("distill")
+    with MetricsLog(run) as metrics, Session(recipe=recipe, run=run, metrics=metrics, progress=Progress()) as session:
+        assert isinstance(recipe.distill, Ties)
+        run_merge_weights_stage(session, stage, recipe.distill, {"vowels": models[1], "digits": models[2]})
+    assert AutoModelForCausalLM.from_pretrained(stage.final, dtype="auto").dtype == torch.bfloat16
+    exact = merged(models, recipe.distill, (1.0, 1.0), tmp_path / "exact")
+    assert torch.equal(flat(stage.final), exact.bfloat16().float())
+    (line,) = read_metrics(run.metrics)
+    assert (line["stage"], line["step"], 0 < line["moved"] < 1) == ("distill", 1, True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("way", ["weight_average", "ties"])
-def test_a_run_merges_weights_and_measures_the_student(start_merge, mini_run, tmp_path, way):
-    finish(start_merge(way, tmp_path / "run"))
-    stages = mini_run[0] / "stages"
-    specialists = [flat(stages / f"grpo-{name}/final") for name in ("vowels", "digits")]
+def test_a_run_averages_weights_and_measures_the_student(start_merge, mini_run, tmp_path):
+    finish(start_merge("weight_average", tmp_path / "run", "--set", "evaluation.greedy=false"))
+    specialists = [flat(mini_run[0] / f"stages/grpo-{name}/final") for name in ("vowels", "digits")]
     student = flat(tmp_path / "run/stages/distill/final")
-    mean = (specialists[0] + specialists[1]) / 2
-    assert (student - mean).norm() <= (1e-5 if way == "weight_average" else 1.0) * (specialists[0] - mean).norm()
+    torch.testing.assert_close(student, (specialists[0] + specialists[1]) / 2, atol=1e-6, rtol=0)
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert [entry["domain"] for entry in report["domains"]] == ["digits", "vowels"]
     for entry in report["domains"]:
         assert None not in [entry[model] for model in ("base", "specialist", "student")]
+        assert (entry["n"], entry["greedy"]["n"], entry["greedy"]["student"]) == (2, 0, None)
+    assert "greedy decoding" not in (tmp_path / "run/report.html").read_text(encoding="utf-8")
     assert "distillation" not in report["costs"]
 
 
@@ -214,7 +232,7 @@ def test_off_policy_the_specialists_play_and_a_killed_run_goes_on(start_merge, t
     for name, letter in (("vowels", "a"), ("digits", "7")):
         right = [letter in rollout["conversation"][-1]["content"] for rollout in said[name]]
         other = [letter in rollout["conversation"][-1]["content"] for n in said if n != name for rollout in said[n]]
-        assert sum(right) / len(right) > sum(other) / len(other) + 0.3, (name, right, other)
+        assert sum(right) / len(right) > sum(other) / len(other) + 0.1, (name, right, other)
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -22,11 +24,11 @@ from posttrain.learner.distill_losses import (
 )
 from posttrain.learner.logprobs import bucket_logprobs, token_logprobs, top_k_logprobs
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import without_rounding
+from posttrain.learner.objectives import Reference, without_rounding
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
-from posttrain.protocols import StateStore
-from posttrain.types import Sample
+from posttrain.protocols import OpenTeachers, StateStore, Teacher
+from posttrain.types import IntArray, Sample
 
 _TILE_BYTES = 2**28
 """Of a float32 [tokens x vocabulary] tile of the losses that are not ``posttrain.divergence``'s."""
@@ -82,8 +84,10 @@ class DistillObjective:
     """A teacher's soft-capping of final logits by name, None for none."""
     temperatures: Mapping[str, float] = field(default_factory=dict)
     """Sampling temperature of the rollouts by domain, 1 where not named."""
-    reference: Callable[[PackedBatch], HeadInputs] | None = None
-    """The model at the start of the stage, such as ``Learner.reference``; needed when ``beta`` is not 0."""
+    reference: Reference | None = None
+    """Needed when ``beta`` is not 0."""
+    teachers: OpenTeachers | None = None
+    """They fill ``states`` before each mini-batch, which then is freed; None where it is filled beforehand."""
 
     def __post_init__(self) -> None:
         if self.config.beta > 0 and self.reference is None:
@@ -91,6 +95,20 @@ class DistillObjective:
                 f"Distill.beta = {self.config.beta} needs the model at the start of the stage; build the learner with "
                 "keep_reference=True and pass reference=learner.reference, or set beta to 0"
             )
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Have the samples read by their teachers."""
+        if self.teachers is not None:
+            self.teachers.cache_states(samples)
+
+    def release(self, samples: Sequence[Sample]) -> None:
+        """Free the states of the samples."""
+        if self.teachers is not None:
+            self.states.free(sample.id for sample in samples)
+
+    def costs(self) -> Mapping[str, float]:
+        """The teachers' costs since the last call."""
+        return {} if self.teachers is None else self.teachers.costs()
 
     def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """The batch's share of the distillation loss and its metrics.
@@ -278,6 +296,34 @@ class DistillObjective:
                 "expected one per loss token. Were the states made from the same sample?"
             )
         return states_LE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSpec:
+    """Of a ``DistillObjective`` whose teachers read each mini-batch before its update."""
+
+    config: Distill
+    teachers: Mapping[str, Teacher]
+    """By name, as ``Sample.teacher`` has it."""
+    student_path: str
+    probes: Mapping[str, Sequence[IntArray]]
+    """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
+    folder: Path | None = None
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """As of ``DistillObjective``."""
+
+    @contextlib.contextmanager
+    def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
+        library, probes = self.config.teachers, self.probes if check else None
+        with library.open(self.teachers, student_path=self.student_path, probes=probes, folder=self.folder) as opened:
+            yield DistillObjective(
+                config=self.config,
+                states=opened.store,
+                head_of=opened.head,
+                temperatures=self.temperatures,
+                reference=reference if self.config.beta > 0 else None,
+                teachers=opened,
+            )
 
 
 def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:

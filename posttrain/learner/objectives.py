@@ -8,9 +8,10 @@ Shape letter: ``N`` loss tokens of the micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -20,6 +21,7 @@ from posttrain.learner.logprobs import token_logprobs
 from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
+from posttrain.types import Sample
 
 ROUNDING = 1e-5
 """Nats by which two float32 computations of one log-probability may differ."""
@@ -36,6 +38,56 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """An objective with work of its own around each mini-batch. A learner among several calls it on its own share."""
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Before the first micro-batch of these samples."""
+        ...
+
+    def release(self, samples: Sequence[Sample]) -> None:
+        """After the last one, or after a failure: what ``prepare`` made of these samples may go."""
+        ...
+
+    def costs(self) -> Mapping[str, float]:
+        """What was spent since the last call, by metric; summed over learner processes."""
+        ...
+
+
+Reference = Callable[[PackedBatch], HeadInputs]
+"""The model at the start of a stage, such as ``Learner.reference``."""
+
+
+class ObjectiveSpec(Protocol):
+    """A value that pickles, of which every learner process makes the objective it uses."""
+
+    def open(self, reference: Reference, *, check: bool = True) -> contextlib.AbstractContextManager[Objective]:
+        """The live objective, closed with the context. ``check`` runs start-up checks, which one process does for all.
+
+        ``reference`` is that of the process's own learner.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoSpec:
+    """Of a ``GrpoObjective``; fields as there."""
+
+    config: GRPO
+    max_completion_tokens: int
+    temperature: float = 1.0
+
+    @contextlib.contextmanager
+    def open(self, reference: Reference, *, check: bool = True) -> Iterator[GrpoObjective]:
+        yield GrpoObjective(
+            config=self.config,
+            max_completion_tokens=self.max_completion_tokens,
+            temperature=self.temperature,
+            reference=reference if self.config.beta > 0 else None,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoObjective:
     """Group relative policy optimisation on the samples' advantages."""
@@ -45,8 +97,8 @@ class GrpoObjective:
     """Generation budget of one sample; dr_grpo's denominator."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts, so that ratios compare like with like."""
-    reference: Callable[[PackedBatch], HeadInputs] | None = None
-    """The model at the start of the stage, such as ``Learner.reference``; needed when ``beta`` is not 0."""
+    reference: Reference | None = None
+    """Needed when ``beta`` is not 0."""
     chunk_tokens: int = 512
     """Loss positions per [tokens x vocabulary] tile."""
 

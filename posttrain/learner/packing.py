@@ -163,10 +163,36 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
     ]
 
 
-def fill(plan: Sequence[Sequence[Sample]], tokens_per_micro_batch: int) -> float:
-    """Share of the token budgets of a plan that is used; above 1 where samples exceed the budget."""
-    used = sum(len(sample) for micro_batch in plan for sample in micro_batch)
-    return used / (len(plan) * tokens_per_micro_batch)
+def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
+    """Shares of about as many tokens each, for learner processes of which each meets few teachers.
+
+    Teachers are laid out by name over the ranks, so that a rank has the same ones as long as the mixture is the same
+    and at most ``num_ranks - 1`` of them are on two ranks more than once; within a teacher longer samples go first, to
+    the rank with most room. Depends on the set of samples, not on their order. With fewer samples than ranks some
+    shares are empty.
+    """
+    by_teacher: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_teacher.setdefault(sample.teacher or "", []).append(sample)
+    shares: list[list[Sample]] = [[] for _ in range(num_ranks)]
+    room = [sum(map(len, samples)) / num_ranks] * num_ranks
+    for _, mine in sorted(by_teacher.items()):
+        quotas = _quotas(room, sum(map(len, mine)))
+        for sample in sorted(mine, key=lambda sample: (-len(sample), sample.id)):
+            rank = max(quotas, key=lambda rank: (quotas[rank], -rank))
+            quotas[rank] -= len(sample)
+            room[rank] -= len(sample)
+            shares[rank].append(sample)
+    return shares
+
+
+def _quotas(room: Sequence[float], num_tokens: int) -> dict[int, float]:
+    """Which ranks the next ``num_tokens`` fill, the first with room first, and how much of it each."""
+    quotas: dict[int, float] = {}
+    for rank, free in enumerate(room):
+        if free > 0 and num_tokens > sum(quotas.values()):
+            quotas[rank] = min(free, num_tokens - sum(quotas.values()))
+    return quotas or {max(range(len(room)), key=room.__getitem__): num_tokens}
 
 
 def _best_fit_decreasing(samples: Sequence[Sample], budget: int) -> list[tuple[Sample, ...]]:

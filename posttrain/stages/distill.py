@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from posttrain.config import Distill, Domain, Recipe
 from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
-from posttrain.learner.distillation import DistillObjective
-from posttrain.learner.learner import Learner
+from posttrain.learner.distillation import DistillSpec
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import Objective
 from posttrain.models import load_tokenizer
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import OpenTeachers, Teacher
+from posttrain.protocols import Teacher
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
 from posttrain.rollout.samples import (
@@ -61,39 +62,37 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
         everyone[name], probes[name] = teacher, probes[domain_name]
     scales = DomainScales.restore(position.kept) if config.rescale_domains else None
     kept = None if scales is None else scales.state
-    states = stage.path / "states"
-    with config.teachers.open(everyone, student_path=session.base_path, probes=probes, folder=states) as opened:
-        objective = DistillObjective(
-            config=config,
-            states=opened.store,
-            head_of=opened.head,
-            temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},
-            reference=learner.reference if config.beta > 0 else None,
-        )
-        if first == 0:
-            check_self_distillation(learner, objective, opened, probes[ITSELF])
-        for step in range(first, config.max_steps):
-            with session.waiting(learner, stage, step, stream, kept):
-                groups = stream.take()
-            with PREEMPTION.postponed():
-                session.check_scored(stage, groups)
-                factors = {} if scales is None else scales.factors()
-                samples = samples_of_step(session.recipe, config, groups, step, scale_of=factors)
-                opened.cache_states(samples)
-                metrics = metrics_of_groups(config, groups, step) | session.rollouts.take_counters()
-                metrics["paused_s"] = stream.take_paused_s()
-                metrics |= learner.update(samples, objective) | dict(opened.costs())
-                if scales is not None:
-                    metrics |= scales.take(metrics, samples)
-                opened.store.free(sample.id for sample in samples)
-                free_groups(groups)
-                if on_policy:
-                    session.send_policy(learner, version=step + 1)
-                log.write_groups(groups, step)
-                session.metrics.log(stage.name, step + 1, metrics)
-                progress.update(step + 1, metrics)
-                if (step + 1) % config.save_steps == 0:
-                    session.save_checkpoint(learner, stage, step + 1, stream, kept)
+    spec = DistillSpec(
+        config=config,
+        teachers=everyone,
+        student_path=session.base_path,
+        probes=probes,
+        folder=stage.path / "states",
+        temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},
+    )
+    objective = learner.open_objective(spec)
+    if first == 0:
+        check_self_distillation(learner, objective, probes[ITSELF])
+    for step in range(first, config.max_steps):
+        with session.waiting(learner, stage, step, stream, kept):
+            groups = stream.take()
+        with PREEMPTION.postponed():
+            session.check_scored(stage, groups)
+            factors = {} if scales is None else scales.factors()
+            samples = samples_of_step(session.recipe, config, groups, step, scale_of=factors)
+            metrics = metrics_of_groups(config, groups, step) | session.rollouts.take_counters()
+            metrics["paused_s"] = stream.take_paused_s()
+            metrics |= learner.update(samples, objective)
+            if scales is not None:
+                metrics |= scales.take(metrics, samples)
+            free_groups(groups)
+            if on_policy:
+                session.send_policy(learner, version=step + 1)
+            log.write_groups(groups, step)
+            session.metrics.log(stage.name, step + 1, metrics)
+            progress.update(step + 1, metrics)
+            if (step + 1) % config.save_steps == 0:
+                session.save_checkpoint(learner, stage, step + 1, stream, kept)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -114,9 +113,7 @@ def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Map
     return teachers
 
 
-def check_self_distillation(
-    learner: Learner, objective: DistillObjective, opened: OpenTeachers, probes: Sequence[IntArray]
-) -> None:
+def check_self_distillation(learner: AnyLearner, objective: Objective, probes: Sequence[IntArray]) -> None:
     """A student that is its own teacher has nothing to learn; checked on the very path that will train it.
 
     Raises ``RecipeError`` when the KL through cache, head and learner is more than rounding.
@@ -131,10 +128,7 @@ def check_self_distillation(
         )
         for index, probe in enumerate(probes)
     ]
-    opened.cache_states(samples)
     kl = learner.evaluate(samples, objective)["kl"]
-    opened.store.free(sample.id for sample in samples)
-    opened.costs()
     if not kl <= MAX_SELF_KL:
         raise RecipeError(
             f"the student as its own teacher: KL(student || teacher) = {kl:.4g} nats per token in the learner, "

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.config import GRPO, Domain, Recipe
-from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import GrpoObjective
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import GrpoSpec
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
@@ -73,12 +73,12 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
     first = position.step
     judge_domain = training.judge_training
     judging = Judging(session, stage, judge_domain, position.kept) if judge_domain is not None else None
-    objective = GrpoObjective(
+    spec = GrpoSpec(
         config=config,
         max_completion_tokens=max(map(_max_completion_tokens, training.domains.values())),
         temperature=next(iter(training.domains.values())).sampling.temperature,
-        reference=learner.reference if config.beta > 0 else None,
     )
+    objective = learner.open_objective(spec)
     session.send_policy(learner, version=first)
     stream = open_stream(session, stage, training, position, judging)
     asks_policy = any(map(session.judged_by_policy, training.domains)) or (judging is not None and judging.asks_policy)
@@ -193,7 +193,7 @@ def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class JudgeSnapshots:
     """The lagged policy snapshot that judges, kept on disk so that a resumed run has the same judge."""
 
-    def __init__(self, session: Session, learner: Learner, *, folder: Path) -> None:
+    def __init__(self, session: Session, learner: AnyLearner, *, folder: Path) -> None:
         self._session, self._learner, self._folder = session, learner, folder
 
     def restore(self, step: int, start: str) -> None:

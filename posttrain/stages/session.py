@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +14,7 @@ from posttrain.config import GRPO, Distill, Recipe
 from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
-from posttrain.learner.learner import Learner
+from posttrain.learner.group import AnyLearner, LearnerSpec, open_learner
 from posttrain.models import base_path, compute_dtype, context_window, load_model, load_tokenizer
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
@@ -113,7 +113,7 @@ class Session:
         send = self.rollouts.load_judge_weights if judge else self.rollouts.load_weights
         send(weights, version)
 
-    def send_policy(self, learner: Learner, *, version: int) -> None:
+    def send_policy(self, learner: AnyLearner, *, version: int) -> None:
         """Give the workers the learner's weights of this moment."""
         self.rollouts.load_weights(export_weights(learner.weights(self.dtype).items(), self.dtype), version)
 
@@ -195,7 +195,7 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: Learner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
@@ -208,7 +208,7 @@ class Session:
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: Learner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
@@ -218,7 +218,7 @@ class Session:
             self.save_checkpoint(learner, stage, step, stream, state)
             raise
 
-    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, Position]:
+    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[AnyLearner, Position]:
         """A learner at ``start`` and step 0, or as the stage's newest checkpoint left it and where it goes on.
 
         What was logged after that checkpoint is forgotten, so that the record equals an uninterrupted run's.
@@ -226,8 +226,8 @@ class Session:
         import torch
 
         updates = config.num_iterations * config.minibatches_per_step if isinstance(config, GRPO) else 1
-        learner = Learner(
-            load_model(start, torch.float32),
+        spec = LearnerSpec(
+            load_model=partial(load_model, start, torch.float32),
             optim=config.optim,
             num_steps=config.max_steps * updates,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
@@ -236,6 +236,8 @@ class Session:
             keep_reference=config.beta > 0,
             seed=self.recipe.seed,
         )
+        learner = open_learner(spec, self.recipe.workers.num_learners)
+        self._stack.callback(learner.close)
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
         position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), kept=saved.get("kept"))
@@ -252,7 +254,7 @@ class Session:
         else:
             self.run.log_event(EventKind.STAGE_STARTED, stage=stage.name)
 
-    def save_final(self, learner: Learner, directory: Path) -> Path:
+    def save_final(self, learner: AnyLearner, directory: Path) -> Path:
         """A plain checkpoint of the learner's weights, in the compute type."""
         learner.save_final(directory, load_tokenizer(self.base_path))
         return directory
