@@ -82,13 +82,12 @@ class DistillObjective:
     """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
     logit_cap_of: Callable[[str], float | None] = _no_cap
     """A teacher's soft-capping of final logits by name, None for none."""
-    teachers: OpenTeachers | None = None
-    """They fill ``states`` before each mini-batch, which then is freed; None where it is filled beforehand."""
-
     temperatures: Mapping[str, float] = field(default_factory=dict)
     """Sampling temperature of the rollouts by domain, 1 where not named."""
-    reference: Callable[[PackedBatch], HeadInputs] | None = None
-    """The model at the start of the stage, such as ``Learner.reference``; needed when ``beta`` is not 0."""
+    reference: Reference | None = None
+    """Needed when ``beta`` is not 0."""
+    teachers: OpenTeachers | None = None
+    """They fill ``states`` before each mini-batch, which then is freed; None where it is filled beforehand."""
 
     def __post_init__(self) -> None:
         if self.config.beta > 0 and self.reference is None:
@@ -311,7 +310,7 @@ class DistillSpec:
     """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
     folder: Path | None = None
     temperatures: Mapping[str, float] = field(default_factory=dict)
-    """As for ``DistillObjective``."""
+    """As of ``DistillObjective``."""
 
     @contextlib.contextmanager
     def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
@@ -321,9 +320,9 @@ class DistillSpec:
                 config=self.config,
                 states=opened.store,
                 head_of=opened.head,
-                teachers=opened,
                 temperatures=self.temperatures,
                 reference=reference if self.config.beta > 0 else None,
+                teachers=opened,
             )
 
 
