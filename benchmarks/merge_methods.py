@@ -5,13 +5,16 @@
 
 The specialists are those of a run of the recipe, finished or not. Each method is a run of its own below ``--out``,
 whose evaluation plays the same tasks with the same random numbers; what is finished is not repeated. ``--rates`` gives
-a method several learning rates; the one with the best last fifth of training (reward, or KL to the teachers) is the one
-that is evaluated. Held-out tasks decide nothing. ``results.json``, ``results.md`` and ``kept.png`` go to ``--out``.
+a method several learning rates, or scales where it merges weights. The one with the best last fifth of training
+(reward, or KL to the teachers), or with the best rollouts of training tasks, is evaluated: held-out tasks decide
+nothing.
+``results.json``, ``results.md`` and ``kept.png`` go to ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -19,9 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -45,9 +49,11 @@ from teachers.sources import HFTeacher
 console = Console(width=140)
 OURS = "full_vocabulary"
 GOAL = 0.95
-PROBE = "distance-"
+DISTANCE, PLAYED = "distance-", "played-"
+"""Names of the runs that measure a student's KL to its teachers, and its reward, on training tasks."""
 PROBED = 256
-"""Rollouts, over all domains, on which the student's KL to its teachers is measured; of training tasks."""
+"""Rollouts, over all domains, of such a run."""
+STILL = Optim(learning_rate=1e-12)
 GROUP = 8
 """Rollouts of a task in mixed RL."""
 INK, HIGHLIGHT, PLAIN = "#24292F", "#009E73", "#6E7781"
@@ -64,8 +70,9 @@ class Method:
     """The recipe's ``distill``, from that of the study, a learning rate if one was chosen, and the whole recipe."""
     from_sft: bool = False
     """Starts from the mean of the SFT checkpoints instead of the base."""
-    by_reward: bool = False
-    """A learning rate is judged by training reward, else by the KL to the teachers in training."""
+    chosen_by: Literal["kl", "reward", "played"] = "kl"
+    """What chooses among learning rates: the KL to the teachers or the reward in training; among the scales of weights
+    that are merged, the reward of rollouts of training tasks, played for that."""
 
 
 def distilled(**changes: Any) -> Build:
@@ -108,13 +115,22 @@ METHODS = {
         label="off-policy distillation, forward KL",
         build=distilled(rollouts_from="teachers", divergence="forward_kl"),
     ),
-    "mixed_rl": Method(label="mixed RL", build=mixed_rl, by_reward=True),
+    "mixed_rl": Method(label="mixed RL", build=mixed_rl, chosen_by="reward"),
     "weight_average": Method(label="weight average", build=lambda *_: WeightAverage()),
     "ties": Method(label="TIES", build=lambda *_: Ties()),
+    "task_arithmetic": Method(
+        label="task arithmetic", build=lambda _, scale, __: WeightAverage(scale=scale or 1.0), chosen_by="played"
+    ),
+    "scaled_ties": Method(
+        label="TIES, scaled", build=lambda _, scale, __: Ties(scale=scale or 1.0), chosen_by="played"
+    ),
     "full_vocabulary_from_sft": Method(label="full-vocabulary OPD from SFT mean", build=distilled(), from_sft=True),
-    "mixed_rl_from_sft": Method(label="mixed RL from SFT mean", build=mixed_rl, from_sft=True, by_reward=True),
+    "mixed_rl_from_sft": Method(label="mixed RL from SFT mean", build=mixed_rl, from_sft=True, chosen_by="reward"),
     "long_mixed_rl_from_sft": Method(
-        label="mixed RL from SFT mean, specialists' rollouts too", build=long_mixed_rl, from_sft=True, by_reward=True
+        label="mixed RL from SFT mean, specialists' rollouts too",
+        build=long_mixed_rl,
+        from_sft=True,
+        chosen_by="reward",
     ),
 }
 
@@ -149,11 +165,15 @@ class Study:
         folder = self.out / "sft_mean"
         if not folder.is_dir():
             base = resolve_path(self.whole.model.path)
-            experts = {name: Checkpoint(str(self._trained(name, "sft"))) for name in self.whole.domains}
-            merge = WeightMerge(base=Checkpoint(base), specialists=experts, weights=dict.fromkeys(experts, 1.0))
-            parameters = load_model(base, compute_dtype("float32", 0)).num_parameters()
-            dtype = compute_dtype(self.whole.model.dtype, parameters)
-            merge.write(folder, WeightAverage(), load_tokenizer(base), dtype)
+            dtype = compute_dtype(self.whole.model.dtype, load_model(base, torch.bfloat16).num_parameters())
+            with contextlib.ExitStack() as stack:
+                paths = {name: self._trained(name, "sft") for name in self.whole.domains}
+                merge = WeightMerge(
+                    base=stack.enter_context(Checkpoint(base)),
+                    specialists={name: stack.enter_context(Checkpoint(str(path))) for name, path in paths.items()},
+                    weights=dict.fromkeys(paths, 1.0),
+                )
+                merge.write(folder, WeightAverage(), load_tokenizer(base), dtype)
         return str(folder)
 
     def reference(self) -> None:
@@ -164,22 +184,31 @@ class Study:
         """Train and measure the student of a method, at the best of its learning rates."""
         for rate in self.rates.get(name, ()):
             self._run(f"{name}-{rate:g}", self._recipe_of(name, rate), stop_before="evaluate")
+            if METHODS[name].chosen_by == "played":
+                self._probe(PLAYED, self.out / f"{name}-{rate:g}", self._still_rl)
         chosen = self.chosen_run(name)
         scores = self.out / "reference" / "stages" / "evaluate" / "scores"
         shutil.copytree(scores, RunDir(chosen).stage("evaluate").path / "scores", dirs_exist_ok=True)
-        self._run(chosen.name, self._recipe_of(name, self._rate_of(name, chosen)))
-        # Before its first update a distillation says how far its student is from the teachers.
-        still = self.distill.optim.replace(learning_rate=1e-12)
-        step = self.distill.replace(max_steps=1, rollouts_per_step=PROBED, optim=still)
-        model = self.recipe.model.replace(path=str(RunDir(chosen).stage("distill").final.resolve()))
-        self._run(f"{PROBE}{chosen.name}", self.recipe.replace(distill=step, model=model), stop_before="evaluate")
+        self._run(chosen.name, self._recipe_of(name, self.rate_of(name, chosen)))
+        step = self.distill.replace(max_steps=1, rollouts_per_step=PROBED, optim=STILL)
+        self._probe(DISTANCE, chosen, step)
 
     def chosen_run(self, name: str) -> Path:
         """The run of a method: the one whose learning rate did best in training."""
         runs = [self.out / f"{name}-{rate:g}" for rate in self.rates.get(name, ())]
         return min(runs, key=lambda run: regret(run, METHODS[name]), default=self.out / name)
 
-    def _rate_of(self, name: str, run: Path) -> float | None:
+    @property
+    def _still_rl(self) -> Value:
+        return MixedRL(grpo=GRPO(max_steps=1, groups_per_step=PROBED // GROUP, num_generations=GROUP, optim=STILL))
+
+    def _probe(self, prefix: str, run: Path, step: Value) -> None:
+        """One step of a stage from a student, for what it measures before its update."""
+        model = self.recipe.model.replace(path=str(RunDir(run).stage("distill").final.resolve()))
+        recipe = self.recipe.replace(distill=step, model=model)
+        self._run(f"{prefix}{run.name}", recipe, stop_before="evaluate")
+
+    def rate_of(self, name: str, run: Path) -> float | None:
         return next((rate for rate in self.rates.get(name, ()) if run.name == f"{name}-{rate:g}"), None)
 
     def _recipe_of(self, name: str, rate: float | None) -> Recipe:
@@ -205,10 +234,10 @@ class Study:
 
 
 def regret(run: Path, method: Method) -> float:
-    """How badly a method did in the last fifth of its training, on training tasks: its KL, or its reward lost."""
-    lines = _distill_lines(run)
+    """How badly a method did on training tasks: its KL, or its reward lost."""
+    lines = _distill_lines(run.with_name(PLAYED + run.name) if method.chosen_by == "played" else run)
     last = lines[-max(1, len(lines) // 5) :]
-    return float(np.mean([-line["reward"] if method.by_reward else line["kl"] for line in last]))
+    return float(np.mean([line["kl"] if method.chosen_by == "kl" else -line["reward"] for line in last]))
 
 
 def _distill_lines(run: Path) -> list[dict[str, Any]]:
@@ -238,11 +267,14 @@ def summarise(study: Study, names: Sequence[str]) -> dict[str, Any]:
                 "method": name,
                 "label": METHODS[name].label,
                 **_costs(run),
+                "chosen": study.rate_of(name, run),
                 "rates": {f"{rate:g}": _trial(study.out / f"{name}-{rate:g}", name) for rate in study.rates[name]}
                 if name in study.rates
                 else {},
                 "domains": {
-                    domain: _standing(models, scores.get(OURS, {}).get(domain), options) | _answers(run, domain)
+                    domain: _standing(models, scores.get(OURS, {}).get(domain), options)
+                    | _answers(run, domain)
+                    | {"kl": _distill_lines(run.with_name(DISTANCE + run.name))[0][f"kl/{domain}"]}
                     for domain, models in scores[name].items()
                 },
             }
@@ -258,7 +290,7 @@ def _scores(run: Path) -> dict[str, dict[str, Scores]]:
 
 
 def _trial(run: Path, name: str) -> float:
-    return regret(run, METHODS[name]) * (-1 if METHODS[name].by_reward else 1)
+    return regret(run, METHODS[name]) * (1 if METHODS[name].chosen_by == "kl" else -1)
 
 
 def _standing(models: Mapping[str, Scores], ours: Mapping[str, Scores] | None, options: Bootstrap) -> dict[str, Any]:
@@ -324,12 +356,12 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{row['tokens_generated']:,.0f}",
             f"{row['tokens_trained']:,.0f}",
             f"{row['seconds']:,.0f}",
-            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            f"{row['learning_rate'] or row['chosen'] or 1:g}",
             *(f"{row['domains'][d]['tokens_per_answer']:.1f} ({row['domains'][d]['cut_off']:.0%})" for d in domains),
         ]
         for row in results["methods"]
     ]
-    cost_heads = ["method", "tokens generated", "tokens trained on", "seconds", "learning rate"]
+    cost_heads = ["method", "tokens generated", "tokens trained on", "seconds", "learning rate or scale"]
     parts = [
         _table(heads, [kept[index] for index in order]),
         _table(["held-out score", *domains], scores),

@@ -101,6 +101,15 @@ def context_window(path: str) -> int:
     return int(AutoConfig.from_pretrained(resolve_path(path)).get_text_config().max_position_embeddings)
 
 
+def has_experts(path: str) -> bool:
+    """Whether a model is a mixture of experts, from its config."""
+    from transformers import AutoConfig
+
+    from posttrain.routing import has_experts
+
+    return has_experts(AutoConfig.from_pretrained(resolve_path(path)))
+
+
 def has_native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16)."""
     import torch

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+RouteArray = npt.NDArray[np.int16]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -295,6 +296,13 @@ class Completion:
     finish: FinishReason
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per generated token."""
+    routes: RouteArray | None = None
+    """Where the engine records them, the experts [S, layers, experts per token] of the last S tokens of prompt and
+    completion but for the very last: of the states that its tokens were drawn from. -1: unknown."""
+
+    def after(self, size: int) -> Completion:
+        """The same with routes only of its own tokens and the ``size`` before them, but for the last."""
+        return self if self.routes is None else replace(self, routes=self.routes[-(size + len(self.token_ids)) :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,10 +341,12 @@ class TokenArrays:
     starts: IntArray | None = None
     """Of a rollout that began anew (``Turn.restarts``), where each of its sequences begins, 0 first, shape [sequences];
     tokens attend within their own. None: it is one sequence."""
+    routes: RouteArray | None = None
+    """[T, layers, experts per token]: the experts each token went to in a mixture of experts; -1: unknown."""
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
-        for name in ("loss_mask", "logprobs", "versions", "kept"):
+        for name in ("loss_mask", "logprobs", "versions", "kept", "routes"):
             value = getattr(self, name)
             if value is not None and len(value) != size:
                 raise ValueError(
@@ -380,6 +390,8 @@ class TokenArrays:
             parts |= {"kept_ids": self.kept.ids, "kept_offsets": self.kept.offsets}
         if self.starts is not None:
             parts["starts"] = self.starts
+        if self.routes is not None:
+            parts["routes"] = self.routes
         return parts
 
     @classmethod
@@ -519,6 +531,22 @@ class Rollout:
             rows += [None if kept is None else kept.at(i) for i in range(len(turn.completion.token_ids))]
         return KeptTokens.of(rows)
 
+    @cached_property
+    def routes(self) -> RouteArray | None:
+        """The experts each token went to, [T, layers, experts per token], -1 where that is not known; None where it is
+        known of no token."""
+        known = [turn.completion.routes for turn in self.turns]
+        like = next((each for each in known if each is not None), None)
+        if like is None:
+            return None
+        routes = np.full((len(self.token_ids), *like.shape[1:]), -1, np.int16)
+        stop = -1
+        for turn, found in zip(self.turns, known, strict=True):
+            stop += len(turn.context_ids) + len(turn.completion.token_ids)
+            if found is not None:
+                routes[stop - len(found) : stop] = found
+        return routes
+
     @property
     def starts(self) -> IntArray | None:
         """Where the sequences of a rollout begin that began anew; None where it is one."""
@@ -546,6 +574,7 @@ class Rollout:
                 versions=self.versions,
                 kept=self.kept,
                 starts=self.starts,
+                routes=self.routes,
             )
         except ValueError as error:
             raise ValueError(f"Rollout {self.id!r}: {error}") from error
@@ -646,6 +675,16 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Whom a rollout is distilled from; decided when it is asked for, since both may change while it is played."""
+
+    teacher: str
+    """Name of the teacher."""
+    weight: float = 1.0
+    """Its weight w_i in the OPD objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The rollouts of one task with their scores, index by index."""
 
@@ -653,6 +692,8 @@ class Group:
     rollouts: tuple[AnyRollout, ...]
     """Whole where they were played, light where their group has gone to."""
     scores: tuple[Score, ...]
+    route: Route | None = None
+    """Of a distillation."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.scores):
@@ -660,6 +701,16 @@ class Group:
                 f"Group of task {self.task.id!r}: {len(self.rollouts)} rollouts but {len(self.scores)} scores; "
                 "every rollout needs exactly one score"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStart:
+    """What the policy at the start of a step says of a sample's loss tokens, in order."""
+
+    logprobs: FloatArray
+    """[L], as the learner computes them."""
+    high_entropy: BoolArray
+    """[L]: where the policy loss acts (``GRPO.top_entropy_quantile``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -678,6 +729,8 @@ class Sample:
     truncated: bool = False
     silent: bool = False
     """Counts as a sample of its mini-batch although none of its tokens carries loss."""
+    start: StepStart | None = None
+    """Where a term of the loss compares with the policy at the start of the step."""
 
     def __len__(self) -> int:
         return self.tokens.num_tokens

@@ -32,6 +32,7 @@ from posttrain.types import (
     Group,
     KeptTokens,
     Rollout,
+    Route,
     Sample,
     Score,
     StopReason,
@@ -117,11 +118,11 @@ def test_the_driver_logs_and_trains_on_light_groups_as_on_whole_ones(store: Loca
         assert rollout_record(one, score) == rollout_record(other, score)
         assert (one.text, one.messages, one.failed) == (other.text, other.messages, other.failed)
     assert group_metrics([light]) == group_metrics([whole])
-    config = GRPO(scale_rewards="none")
+    config, route = GRPO(scale_rewards="none"), Route(teacher="d", weight=2.0)
     rows = group_advantage_rows([whole], config, min_group_size=2)
     for made, expected in (
         (grpo_samples([light], rows, config), grpo_samples([whole], rows, config)),
-        (distill_samples(light.rollouts, {"d": 2.0}), distill_samples(whole.rollouts, {"d": 2.0})),
+        (distill_samples([replace(light, route=route)]), distill_samples([replace(whole, route=route)])),
     ):
         assert [sample.id for sample in made] == [sample.id for sample in expected] != []
         for sample, other_sample in zip(made, expected, strict=True):

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import packed_attention, use_packed_attention
-from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
+from posttrain.learner.packing import PackedBatch, Totals, divide_over_ranks, plan_micro_batches
 from posttrain.types import Sample, TokenArrays, Tokens
 
 SIZES = {
@@ -90,6 +90,31 @@ def test_a_plan_of_many_samples_is_quick_and_tight_and_reads_no_arrays() -> None
     # Looking at every micro-batch for every sample takes tens of seconds.
     assert time.perf_counter() - started < 3
     assert sum(lengths) > 0.99 * 8192 * len(plan)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("counts", [[40], [30, 9, 1], [2] * 12, [1, 0, 0, 50, 3], [1]])
+def test_ranks_get_equal_tokens_and_few_teachers(num_ranks: int, counts: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    light = Tokens(num_tokens=1, num_loss_tokens=1, version_range=(0, 0), source=None)
+    samples = [
+        Sample(
+            id=f"s{teacher}-{i}",
+            task_id="t",
+            domain="d",
+            teacher=f"teacher-{teacher}",
+            tokens=replace(light, num_tokens=int(rng.integers(1, 500))),
+        )
+        for teacher, count in enumerate(counts)
+        for i in range(count)
+    ]
+    shares = divide_over_ranks(samples, num_ranks)
+    assert sorted(each.id for share in shares for each in share) == sorted(each.id for each in samples)
+    tokens, longest = [sum(map(len, share)) for share in shares], max(map(len, samples))
+    assert max(tokens) - sum(tokens) / num_ranks <= longest
+    visits = sum(len({each.teacher for each in share}) for share in shares)
+    assert visits <= len({each.teacher for each in samples}) + num_ranks - 1
+    assert divide_over_ranks(samples[::-1], num_ranks) == shares
 
 
 def test_collate_points_each_loss_token_at_its_predecessor() -> None:

@@ -140,13 +140,6 @@ class _Inputs:
 
     def _fused_tiles(self) -> type[TritonTiles] | type[CpuTiles] | None:
         """The kernels that take these inputs on this machine, if any."""
-        measure = self.measure
-        if (
-            measure.kind != "reverse_kl"
-            or measure.teacher_logit_cap is not None
-            or measure.vocabulary_group is not None
-        ):
-            return None
         matrices = (*self.side("student"), *self.side("teacher"))
         if not all(matrix.is_contiguous() for matrix in matrices):
             return None
@@ -155,7 +148,13 @@ class _Inputs:
             half = all(matrix.dtype in _HALF for matrix in matrices)
             # Bulk copies want rows that begin at multiples of 16 bytes.
             aligned = all(m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
-            if same and half and aligned and importlib.util.find_spec("triton"):
+            settings = self.measure
+            supported = (settings.kind, settings.teacher_logit_cap, settings.vocabulary_group) == (
+                "reverse_kl",
+                None,
+                None,
+            )
+            if supported and same and half and aligned and importlib.util.find_spec("triton"):
                 from posttrain.divergence.triton_tiles import TritonTiles
 
                 return TritonTiles

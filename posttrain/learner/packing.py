@@ -50,6 +50,12 @@ class PackedBatch:
     """[K] int64: where sampling was truncated, the tokens it chose from, loss token after loss token; or None."""
     kept_offsets: torch.Tensor | None = None
     """[N + 1] int64: where each loss token's kept ids begin, then K. One without any was drawn from all tokens."""
+    old_logprobs: torch.Tensor | None = None
+    """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
+    high_entropy: torch.Tensor | None = None
+    """[N] bool: ``StepStart.high_entropy``."""
+    routes: torch.Tensor | None = None
+    """[T, layers, experts per token] int16: ``TokenArrays.routes``, where any sample knows some."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
@@ -62,6 +68,8 @@ class PackedBatch:
         token_ids = np.concatenate([each.token_ids for each in arrays])
         logprobs = np.concatenate([each.logprobs for each in arrays])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
+        starts_of = [sample.start for sample in samples if sample.start is not None]
+        started = len(starts_of) == len(samples) > 0
         return cls(
             samples=tuple(samples),
             token_ids=torch.from_numpy(token_ids.astype(np.int64)),
@@ -75,6 +83,11 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            routes=_routes(arrays),
+            old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
+            high_entropy=(
+                torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
+            ),
         )
 
     @property
@@ -97,6 +110,15 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def _routes(arrays: Sequence[TokenArrays]) -> torch.Tensor | None:
+    like = next((each.routes for each in arrays if each.routes is not None), None)
+    if like is None:
+        return None
+    unknown = (np.full((len(each), *like.shape[1:]), -1, np.int16) for each in arrays)
+    rows = [each.routes if each.routes is not None else none for each, none in zip(arrays, unknown, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _kept(
@@ -163,12 +185,12 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
 
 
 def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
-    """Shares of about as many tokens each, for learner processes of which each meets few teachers.
+    """Shares of about equally many tokens for learner processes, each with few teachers.
 
-    Teachers are laid out by name over the ranks, so that a rank has the same ones as long as the mixture is the same
-    and at most ``num_ranks - 1`` of them are on two ranks more than once; within a teacher longer samples go first, to
-    the rank with most room. Depends on the set of samples, not on their order. With fewer samples than ranks some
-    shares are empty.
+    Teachers are laid out over the ranks by name: a rank keeps its teachers while the mixture stays the same, and all
+    ranks together meet about ``num_ranks - 1`` teachers more than there are. Within a teacher longer samples go first,
+    to the rank with most room. The shares depend on the set of samples, not on their order; with fewer samples than
+    ranks some are empty.
     """
     by_teacher: dict[str, list[Sample]] = {}
     for sample in samples:

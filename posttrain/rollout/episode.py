@@ -249,7 +249,7 @@ async def _play_turn(
     transcript.turns.append(
         Turn(
             context_ids=transcript.context_ids,
-            completion=completion,
+            completion=completion.after(len(transcript.context_ids)),
             text=text,
             observations=observations or (),
             restarts=transcript.restarts,

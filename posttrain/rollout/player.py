@@ -33,6 +33,7 @@ from posttrain.types import (
     Message,
     Request,
     Rollout,
+    Route,
     Sampling,
     Score,
     ScoreStatus,
@@ -74,6 +75,8 @@ class GroupJob:
     """Who plays, where several play under the same rollout ids so as to draw the same random numbers."""
     variants: tuple[Task, ...] = ()
     """Forms of the task that its rollouts play in turn; none: the task itself."""
+    route: Route | None = None
+    """Handed on to the group."""
 
     def form(self, rollout: int) -> Task:
         """What the rollout of this index plays."""
@@ -178,11 +181,11 @@ class Player:
         rollouts = tuple(rollout for rollout, _ in scored)
         if isinstance(job.play.reward, GroupReward):
             given = await self._score_group(job.play.reward, rollouts)
-            scores = await asyncio.gather(
-                *(self._penalised(job.play, r, s, stage.boxes) for r, s in zip(rollouts, given, strict=True))
-            )
-            return index, Group(task=job.task, rollouts=rollouts, scores=tuple(scores))
-        return index, Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
+            penalised = (self._penalised(job.play, r, s, stage.boxes) for r, s in zip(rollouts, given, strict=True))
+            scores = tuple(await asyncio.gather(*penalised))
+        else:
+            scores = tuple(score for _, score in scored)
+        return index, Group(task=job.task, rollouts=rollouts, scores=scores, route=job.route)
 
     async def _rollout(self, job: GroupJob, index: int, stage: _Stage) -> tuple[Rollout, Score]:
         """One rollout and its score, from the record if it is there."""

@@ -24,7 +24,7 @@ from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Group, Sampling, ScoreStatus, Task
+from posttrain.types import Group, Route, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,10 @@ class Position:
     step: int
     pending: tuple[int, ...] = ()
     """Numbers of the jobs that were started before and not learned from."""
-    judging: Mapping[str, Any] | None = None
-    """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+    kept: Mapping[str, Any] | None = None
+    """What else the stage kept, such as the judge prompts that are trained on."""
+    refilled: Mapping[str, int] = field(default_factory=dict)
+    """``GroupStream.refilled``."""
 
 
 StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -111,6 +113,7 @@ class Session:
                 for domain in self.recipe.domains.values()
                 for effort in (None, *domain.efforts)
             ),
+            keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -134,6 +137,7 @@ class Session:
         scored: bool = True,
         greedy: bool = False,
         player: str = "",
+        route: Route | None = None,
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
@@ -146,7 +150,13 @@ class Session:
             length_penalty=None if mode is None or not scored else mode.length_penalty,
         )
         return GroupJob(
-            id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
+            id=job_id,
+            task=task,
+            num_rollouts=num_rollouts,
+            play=play,
+            seed=self.recipe.seed,
+            player=player,
+            route=route,
         )
 
     def reward(self, domain: str) -> Reward | GroupReward:
@@ -198,27 +208,29 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
-        if judging is not None:
-            place["judging"] = judging(pending)
+        if state is not None:
+            place["kept"] = state(pending)
+        if isinstance(stream, GroupStream):
+            place["refilled"] = dict(stream.refilled)
         learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
             PREEMPTION.check()
             yield
         except Preempted:
-            self.save_checkpoint(learner, stage, step, stream, judging)
+            self.save_checkpoint(learner, stage, step, stream, state)
             raise
 
     def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[AnyLearner, Position]:
@@ -236,14 +248,20 @@ class Session:
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             dtype=self.dtype,
             lora=self.recipe.model.lora,
-            keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            keep_reference=config.beta > 0,
+            keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
         learner = open_learner(spec, self.recipe.workers.num_learners)
         self._stack.callback(learner.close)
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), judging=saved.get("judging"))
+        position = Position(
+            step=saved["next_step"],
+            pending=tuple(saved["pending"]),
+            kept=saved.get("kept"),
+            refilled=saved.get("refilled", {}),
+        )
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
