@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import Metric, arguments, random_tokens, report, seconds
 from posttrain.config import GRPO, Distill, Optim
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective, GrpoObjective, Objective
+from posttrain.learner.objectives import GrpoObjective, Objective
 from posttrain.types import Sample
 from teachers.cache import MemoryStore
 

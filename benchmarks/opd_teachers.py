@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import MIB, Metric, PeakMemory, arguments, random_tokens, report, seconds
 from posttrain.config import Distill, Optim
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective
 from posttrain.types import Sample
 from teachers.cache import MemoryStore
 from teachers.library import SwapOnDemand

@@ -126,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from posttrain.loader import load_recipe
     from posttrain.pipeline import evaluate_checkpoint
+    from posttrain.runs.verdict import number
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     scores = evaluate_checkpoint(recipe, arguments.model, arguments.run_dir)
@@ -133,7 +134,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         low, high = entry["sampled_ci"]
         print(
             f"{entry['domain']:<12} n={entry['n']:<5} sampled {entry['sampled']:.3f} [{low:.3f}, {high:.3f}]  "
-            f"greedy {entry['greedy']:.3f}  unscored {entry['unscored']}"
+            f"greedy {number(entry['greedy'])}  unscored {entry['unscored']}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -58,6 +59,30 @@ def resolve_folder(path: str, *, holding: str) -> str:
     return str(folder)
 
 
+def base_path(path: str, chat: Literal["template", "v4"]) -> str:
+    """Where the checkpoint is that a run starts from. For ``v4`` one whose tokenizer writes the V4 format: the given
+    one, or a copy of it in the cache that got the tokens it lacked, made on first use."""
+    resolved = resolve_path(path)
+    if chat == "template":
+        return resolved
+    from posttrain.conversation.vocabulary import CHAT_FORMAT, prepare_model, prepare_tokenizer
+
+    tokenizer = load_tokenizer(resolved)
+    if tokenizer.init_kwargs.get(CHAT_FORMAT) == "v4":
+        return resolved
+
+    def prepare(folder: Path) -> None:
+        import torch
+
+        added = prepare_tokenizer(tokenizer)
+        model = load_model(resolved, torch.float32)
+        prepare_model(model, tokenizer, added)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return str(_made(cache_dir() / "v4" / f"{Path(resolved).name}-{_content_hash(Path(resolved))}", prepare))
+
+
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
     """A causal language model in the given type, in host memory. ``path`` as for ``resolve_path``."""
     from transformers import AutoModelForCausalLM
@@ -88,6 +113,15 @@ def context_window(path: str) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(resolve_path(path)).get_text_config().max_position_embeddings)
+
+
+def has_experts(path: str) -> bool:
+    """Whether a model is a mixture of experts, from its config."""
+    from transformers import AutoConfig
+
+    from posttrain.routing import has_experts
+
+    return has_experts(AutoConfig.from_pretrained(resolve_path(path)))
 
 
 def has_native_bf16() -> bool:
@@ -168,12 +202,17 @@ def _converted(gguf: Path) -> str:
     stat = gguf.stat()
     digest = _digest(gguf, stat.st_size, stat.st_mtime_ns)
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
+    return str(_made(target, lambda folder: _convert(gguf, folder)))
+
+
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled now if it is not there."""
     if target.is_dir():
-        return str(target)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _convert(gguf, draft)
+        make(draft)
         # Renaming makes it whole or absent; a process that was faster left the same content.
         try:
             draft.rename(target)
@@ -182,7 +221,18 @@ def _converted(gguf: Path) -> str:
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return str(target)
+    return target
+
+
+def _content_hash(folder: Path) -> str:
+    """Of a checkpoint's files; of a hub name, of the name."""
+    digest = hashlib.sha256(str(folder).encode() if not folder.is_dir() else b"")
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+        if path.is_file():
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @functools.lru_cache

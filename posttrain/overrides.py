@@ -107,10 +107,10 @@ def _literal(text: str) -> Any:
 def _defaults_of(annotation: Any, name: str, path: str) -> Value:
     """The default value of an optional section, so that one of its fields can be set."""
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, Value):
-            with contextlib.suppress(ValidationError):
-                return option()
+    sections = [option for option in options if isinstance(option, type) and issubclass(option, Value)]
+    if len(sections) == 1:
+        with contextlib.suppress(ValidationError):
+            return sections[0]()
     raise RecipeError(
         f"override {path}: {name} is not set in this recipe and has no defaults to start from; set it in the recipe"
     )

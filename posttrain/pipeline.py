@@ -7,6 +7,7 @@ complete checkpoint brings back weights, optimizer, data order and random state.
 from __future__ import annotations
 
 import errno
+import itertools
 import shutil
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.config import Evaluation, Recipe
+from posttrain.config import Distill, Evaluation, MixedRL, Recipe
 from posttrain.errors import RecipeError
 from posttrain.preflight import check_disk, check_recipe, disk_needed
 from posttrain.protocols import Playable
@@ -56,8 +57,11 @@ def plan(recipe: Recipe) -> list[Stage]:
     return [*stages, Stage(kind="evaluate")]
 
 
-def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
-    """Run all stages into ``path`` and return the report. Raises ``RecipeError`` before anything is lost."""
+def run_recipe(recipe: Recipe, path: Path, *, resume: bool, stop_before: str | None = None) -> dict[str, Any]:
+    """Run all stages into ``path``, or those before the first of kind ``stop_before``, and return the report.
+
+    Raises ``RecipeError`` before anything is lost.
+    """
     run = RunDir(path)
     if run.recipe.exists() and not resume:
         raise RecipeError(
@@ -76,9 +80,10 @@ def run_recipe(recipe: Recipe, path: Path, *, resume: bool) -> dict[str, Any]:
             Progress() as progress,
             Session(recipe=recipe, run=run, metrics=metrics, progress=progress) as session,
         ):
-            for stage in plan(recipe):
+            for stage in itertools.takewhile(lambda stage: stage.kind != stop_before, plan(recipe)):
                 _run_stage(session, stage)
-        run.log_event(EventKind.FINISHED)
+        if stop_before is None:
+            run.log_event(EventKind.FINISHED)
         return report_run(run, recipe.evaluation)
 
 
@@ -125,13 +130,12 @@ def _train_or_measure(session: Session, stage: Stage, directory: StageDir) -> No
 
         run_sft_stage(session, directory, stage.domain)
     elif stage.kind == "grpo" and stage.domain:
-        from posttrain.stages.grpo import run_grpo_stage
+        from posttrain.stages.grpo import Training, run_grpo_stage
 
-        run_grpo_stage(session, directory, stage.domain, finals(session, "sft").get(stage.domain, session.base_path))
+        start = finals(session, "sft").get(stage.domain, session.base_path)
+        run_grpo_stage(session, directory, Training.specialist(session.recipe, stage.domain), start)
     elif stage.kind == "distill":
-        from posttrain.stages.distill import run_distill_stage
-
-        run_distill_stage(session, directory, specialists(session))
+        _make_student(session, directory)
     else:
         from posttrain.stages.evaluate import contestants, run_evaluate_stage
 
@@ -140,9 +144,27 @@ def _train_or_measure(session: Session, stage: Stage, directory: StageDir) -> No
         for name, domain in session.recipe.domains.items():
             if domain.teacher is not None and not isinstance(domain.teacher, Playable):
                 session.warn(f"domains.{name}: its teacher is no checkpoint that could be measured beside the student.")
-        trained = {**ready_made(session.recipe), **specialists(session)}
-        entrants = contestants(session, finals(session, "sft"), trained, student)
+        entrants = contestants(session, finals(session, "sft"), specialists(session), student)
         run_evaluate_stage(session, directory, list(entrants))
+
+
+def _make_student(session: Session, directory: StageDir) -> None:
+    """One student of all domains, in the recipe's way."""
+    recipe, config = session.recipe, session.recipe.distill
+    if isinstance(config, Distill):
+        from posttrain.stages.distill import run_distill_stage
+
+        run_distill_stage(session, directory, config, specialists(session))
+    elif isinstance(config, MixedRL):
+        from posttrain.stages.grpo import Training, run_grpo_stage
+
+        # The tasks and the start are those of a distillation, so that the two can be compared.
+        training = Training(config=config.grpo, domains=recipe.domains, seed=recipe.seed + 1)
+        run_grpo_stage(session, directory, training, session.base_path)
+    elif config is not None:
+        from posttrain.stages.merge_weights import run_merge_weights_stage
+
+        run_merge_weights_stage(session, directory, config, specialists(session))
 
 
 def ready_made(recipe: Recipe) -> dict[str, str]:
@@ -155,8 +177,8 @@ def ready_made(recipe: Recipe) -> dict[str, str]:
 
 
 def specialists(session: Session) -> dict[str, str]:
-    """Domain -> checkpoint of the most trained model of that domain."""
-    return {**finals(session, "sft"), **finals(session, "grpo")}
+    """Domain -> checkpoint of the most trained model of that domain, or of the ready-made one."""
+    return {**ready_made(session.recipe), **finals(session, "sft"), **finals(session, "grpo")}
 
 
 def evaluate_checkpoint(recipe: Recipe, model: str, path: Path | None) -> list[dict[str, Any]]:
@@ -195,6 +217,6 @@ def _standing(evaluation: DomainEvaluation, options: Bootstrap) -> dict[str, Any
         "n": len(evaluation.task_ids),
         "sampled": sampled.value,
         "sampled_ci": [sampled.low, sampled.high],
-        "greedy": bootstrap_mean(scores.greedy, options).value,
+        "greedy": bootstrap_mean(scores.greedy, options).value if scores.greedy.size else None,
         "unscored": int(np.isnan(scores.sampled).sum() + np.isnan(scores.greedy).sum()),
     }

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from posttrain.config import Domain, Recipe
+from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
 from posttrain.errors import RecipeError, SandboxUnavailable
-from posttrain.protocols import Reward, Teacher, asks_policy
+from posttrain.protocols import ConversationFormat, Playable, Reward, Teacher, asks_policy
 from posttrain.types import Task
-
-if TYPE_CHECKING:
-    from posttrain.conversation.chat import ChatFormat
 
 PROBED_TASKS = 64
 """Training tasks looked at; a source may be endless."""
@@ -22,34 +19,52 @@ PROBED_TASKS = 64
 
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
-    from posttrain.conversation.chat import ChatFormat
-    from posttrain.models import context_window, load_tokenizer, resolve_path
+    from posttrain.conversation.formats import open_format
+    from posttrain.models import base_path, context_window, has_experts, load_tokenizer
 
-    base = resolve_path(recipe.model.path)
-    chat, window = ChatFormat(load_tokenizer(base)), context_window(base)
+    base = base_path(recipe.model.path, recipe.model.chat)
+    chat, window = open_format(load_tokenizer(base)), context_window(base)
     if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
-    if recipe.workers.engine == "vllm":
-        _check_vllm(recipe)
+    _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(name, domain, task, window=window, prompt_tokens=len(chat.encode_prompt(task.prompt)))
+            _check_window(
+                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
+            )
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
-        if domain.teacher is None and recipe.distill is not None and domain.sft is None and domain.grpo is None:
-            raise RecipeError(
-                f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
-            )
+        _check_specialist(recipe, name, domain)
+        if isinstance(recipe.distill, Distill):
+            _check_distill(name, domain, recipe.distill, chat)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
+        if domain.grpo is not None:
+            _check_grpo(f"domains.{name}.grpo", domain.grpo, recipe)
+    if isinstance(recipe.distill, MixedRL):
+        _check_mixture(recipe)
+        _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
 
 
-def _check_vllm(recipe: Recipe) -> None:
+def _check_workers(recipe: Recipe, *, has_experts: bool) -> None:
+    if recipe.workers.engine == "vllm":
+        _check_vllm(recipe, has_experts=has_experts)
+    if recipe.workers.num_learners > 1:
+        _check_learners(recipe)
+
+
+def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise RecipeError("workers.engine = 'vllm' but vLLM is missing; pip install 'posttrain[vllm]'")
+    if has_experts and any(grpo.keep_routing for grpo in recipe.grpo_settings()):
+        raise RecipeError(
+            "grpo.keep_routing is on with a mixture-of-experts model and workers.engine = 'vllm', which does not say "
+            "which experts tokens went to: expected one or the other; set keep_routing to false, or engine to "
+            "'transformers'"
+        )
     unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
     if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):
         raise RecipeError(
@@ -59,15 +74,70 @@ def _check_vllm(recipe: Recipe) -> None:
         )
 
 
-def _check_teacher(name: str, teacher: Teacher, chat: ChatFormat) -> None:
+def _check_specialist(recipe: Recipe, name: str, domain: Domain) -> None:
+    """A merge needs something to merge from each domain, and all but on-policy distillation a checkpoint."""
+    method = recipe.distill
+    if method is None or isinstance(method, MixedRL):
+        return
+    if domain.teacher is None and domain.sft is None and domain.grpo is None:
+        raise RecipeError(
+            f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
+        )
+    on_policy = isinstance(method, Distill) and method.rollouts_from == "student"
+    if domain.teacher is not None and not on_policy and not isinstance(domain.teacher, Playable):
+        needs = "rollouts_from = 'teachers'" if isinstance(method, Distill) else type(method).__name__
+        raise RecipeError(
+            f"domains.{name}.teacher = {domain.teacher!r:.100}: expected for distill with {needs} a teacher that is a "
+            "checkpoint by itself; merge an adapter into its base, or distill on the student's rollouts"
+        )
+
+
+def _check_grpo(place: str, config: GRPO, recipe: Recipe) -> None:
+    if config.sync_ref_model and recipe.model.lora is not None:
+        raise RecipeError(
+            f"{place}.sync_ref_model is on with model.lora, whose reference is the model without its adapters: "
+            "expected one of the two; set sync_ref_model to false"
+        )
+
+
+def _check_mixture(recipe: Recipe) -> None:
+    assert isinstance(recipe.distill, MixedRL)
+    temperatures = {name: domain.sampling.temperature for name, domain in recipe.domains.items()}
+    if len(set(temperatures.values())) > 1:
+        raise RecipeError(
+            f"domains.*.sampling.temperature = {temperatures}: expected for distill with MixedRL one temperature for "
+            "all domains, since one loss compares their probabilities; change them"
+        )
+    for name, domain in recipe.domains.items():
+        _check_sampling(name, domain, recipe.distill.grpo)
+
+
+def _check_learners(recipe: Recipe) -> None:
+    import torch
+
+    count, devices = recipe.workers.num_learners, torch.cuda.device_count()
+    available, what = (devices, "GPUs") if devices else (len(os.sched_getaffinity(0)), "cores")
+    if count > available:
+        raise RecipeError(
+            f"workers.num_learners = {count} but this machine offers {available} {what}; expected at most one learner "
+            "process for each; lower it"
+        )
+    if isinstance(recipe.distill, Distill) and getattr(recipe.distill.teachers, "states", None) == "ray":
+        raise RecipeError(
+            f"workers.num_learners = {count} and distill.teachers.states = 'ray': only the first learner process is "
+            "connected to Ray; set distill.teachers.states to files"
+        )
+
+
+def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
     """Find now what would otherwise stop the merge, after all specialists were trained."""
-    from posttrain.conversation.chat import ChatFormat
+    from posttrain.conversation.formats import open_format
     from posttrain.models import load_tokenizer
 
     # Reading the fingerprint opens the checkpoint's files.
     _ = teacher.fingerprint
     tokenizer_path = getattr(teacher, "tokenizer_path", None)
-    if tokenizer_path is not None and ChatFormat(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
+    if tokenizer_path is not None and open_format(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
         raise RecipeError(
             f"domains.{name}.teacher = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
             "expected the same, since distillation compares token ids; choose a teacher of the model's family"
@@ -115,10 +185,10 @@ def _judge_prompts(name: str, domain: Domain) -> list[Task]:
 
 
 def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
-    if prompt_tokens >= domain.max_sequence_tokens:
+    if prompt_tokens >= domain.window_at(task.effort):
         raise RecipeError(
             f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
-            f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
+            f"{domain.window_at(task.effort)}, which leaves no room to answer; raise "
             f"domains.{name}.max_sequence_tokens or drop the task"
         )
     if prompt_tokens >= window:
@@ -128,25 +198,14 @@ def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_
         )
 
 
-def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -> None:
+def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed: int) -> None:
     if domain.environment.max_turns > 1:
         try:
             chat.encode_observations(({"role": "tool", "content": "?"},))
         except RecipeError as error:
             raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
     if domain.grpo is not None:
-        sampling = domain.sampling
-        if sampling.temperature == 0:
-            raise RecipeError(
-                f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
-                "equal rollouts teaches nothing; set it to 1"
-            )
-        if sampling.truncates and not domain.grpo.keep_sampling_mask:
-            raise RecipeError(
-                f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
-                f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
-                "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
-            )
+        _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
 
@@ -155,6 +214,45 @@ def _check_training(name: str, domain: Domain, chat: ChatFormat, *, seed: int) -
             encode_demonstrations(demonstrations, chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
+
+
+def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
+    sampling = domain.sampling
+    if sampling.temperature == 0:
+        raise RecipeError(
+            f"domains.{name}.sampling has temperature = 0: expected for grpo a temperature > 0, since a group of "
+            "equal rollouts teaches nothing; set it to 1"
+        )
+    if sampling.truncates and not grpo.keep_sampling_mask:
+        raise RecipeError(
+            f"domains.{name}.sampling has top_p = {sampling.top_p}, top_k = {sampling.top_k}, min_p = "
+            f"{sampling.min_p} and grpo.keep_sampling_mask is off: expected one or the other, since the learner "
+            "would compare a truncated distribution with a whole one; set keep_sampling_mask to true"
+        )
+
+
+def _check_distill(name: str, domain: Domain, config: Distill, chat: ConversationFormat) -> None:
+    for mixture in config.schedule.values():
+        if name in mixture.teachers:
+            _check_teacher(name, mixture.teachers[name], chat)
+    if config.reward_coef > 0 and asks_policy(domain.reward):
+        raise RecipeError(
+            f"domains.{name}.reward asks the policy itself, with distill.reward_coef = {config.reward_coef}: expected "
+            "a reward with another judge, since a distillation keeps no snapshot that judges; set its judge, or "
+            "reward_coef to 0"
+        )
+    temperature = domain.sampling.temperature
+    if temperature == 0 and (config.reward_coef > 0 or config.max_staleness > 0 or config.rescale_domains):
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = 0: expected a temperature > 0 with distill.reward_coef, "
+            "max_staleness or rescale_domains, which need the probabilities tokens were drawn with; set it to 1"
+        )
+    if config.loss == "sampled_token" and temperature != config.temperature:
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "
+            f"{config.temperature}, distill.temperature, since the advantages of tokens that another distribution drew "
+            "do not average to the KL; make both equal"
+        )
 
 
 def _check_sandbox(recipe: Recipe, name: str, domain: Domain, tasks: list[Task]) -> None:
@@ -178,12 +276,16 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
+    moves_reference = any(grpo.sync_ref_model for grpo in recipe.grpo_settings())
+    checkpoint_bytes = 16 if moves_reference else 12
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
         d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
     )
+    if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
+        num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)
     num_models = max(0, num_stages - finished_stages) + num_judges
-    return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+    return num_parameters * (4 * num_models + 3 * checkpoint_bytes * trained) + (64 << 20)
 
 
 def _asks_policy(domain: Domain) -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from posttrain.types import (
     AnyRollout,
+    BoolArray,
     Completion,
     ExecResult,
     Group,
@@ -35,6 +36,52 @@ from posttrain.types import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class ConversationFormat(Protocol):
+    """Messages as token ids, and what was generated as text. A conversation grows as tokens: the encoded prompt, what
+    the policy generated, the encoded observations, and so on; what was generated is never tokenised again."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant turn."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Models with equal fingerprints read each other's tokens."""
+        ...
+
+    def at(self, effort: str | None) -> ConversationFormat:
+        """The same format in an effort mode (``posttrain.conversation.effort``); None: in its default."""
+        ...
+
+    def encode_prompt(self, messages: Sequence[Message]) -> IntArray:
+        """Tokens of a conversation with the generation prompt at its end, shape [T]. ``RecipeError`` for messages that
+        the format has no place for."""
+        ...
+
+    def encode_observations(self, messages: Sequence[Message], *, after: Sequence[Message] = ()) -> IntArray:
+        """Tokens between an assistant's end-of-turn token and its next turn, shape [T]; ``after`` is the conversation
+        before them. ``RecipeError`` where nothing can be appended."""
+        ...
+
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> IntArray | None:
+        """The tokens of the conversation ``after`` without what the format drops of it when these messages follow it;
+        None where it drops nothing. A rollout goes on from them as from a new prompt."""
+        ...
+
+    def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
+        """Token sequences to imitate, each with a mask that is True on what the assistant says, both [T]."""
+        ...
+
+    def decode(self, token_ids: IntArray | Sequence[int]) -> str:
+        """Text of generated tokens, without the end of the turn."""
+        ...
 
 
 class Completer(Protocol):
@@ -86,12 +133,14 @@ class Sandbox(Protocol):
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
 
         ``cwd`` is relative to the workdir and reached without following links; ``FileNotFoundError`` and
-        ``NotADirectoryError`` as for a file. Whatever the payload does is a result; a box that is gone raises
-        ``SandboxLost``.
+        ``NotADirectoryError`` as for a file. A named ``user`` keeps its files from command to command, out of reach of
+        every other user and of commands without one (``ValueError`` for ``root``, ``Unsupported`` where there are no
+        users). Whatever the payload does is a result; a box that is gone raises ``SandboxLost``.
         """
         ...
 
@@ -474,12 +523,12 @@ class TeacherLibrary(Protocol):
         teachers: Mapping[str, Teacher],
         *,
         student_path: str,
-        probes: Mapping[str, Sequence[IntArray]],
+        probes: Mapping[str, Sequence[IntArray]] | None,
         folder: Path | None = None,
     ) -> AbstractContextManager[OpenTeachers]:
         """Check every teacher against the student, then open them. Raises ``RecipeError``.
 
-        ``probes`` are, by teacher, a few token sequences of its domain to check it on. ``folder`` is where states may
-        lie, for a later process that goes on from here.
+        ``probes`` are, by teacher, a few token sequences of its domain to check it on; None where another process has
+        checked them. ``folder`` is where states may lie, for a later process that goes on from here.
         """
         ...

@@ -6,6 +6,8 @@ standard library, and imports little of it, since its start is most of what open
 The agent is uid 0 of its box with only SETUID, SETGID and KILL. The payload runs on uids of its own, one per
 command that runs at the same time, so that it can neither signal nor trace the agent, nor reach the agent's pipes
 through /proc, and so that ending one command (SIGKILL to everything its uid owns) leaves its neighbours alone.
+Commands of a named user share that user's uid. What tells them apart is a supplementary group, one per command that
+runs at the same time: every descendant inherits it, and nobody without SETGID can lay it down or take another.
 The agent is process 1 of the box: orphans come to it to be reaped, and its death ends the box.
 
 What few boxes use (``sandbox.agent_streams``, ``sandbox.agent_python``) is not part of this program: the host sends it
@@ -53,7 +55,13 @@ FOREVER = float("inf")
 MAX_LISTED = 100_000
 MAX_DEPTH = 64
 CHUNK = 1 << 16
-SIGKILL = 9
+MAX_DRAINS = 32
+"""Reads that empty a pipe of any size the kernel allows (1 MiB), though somebody may go on writing to it."""
+HOME = b".home-"
+"""Before a user's name, the name of its directory in the workdir."""
+MAX_BIRTHS = 3
+"""Times that a command may be seen to have new processes while it is being killed, before its user is stopped."""
+SIGKILL, SIGCONT, SIGSTOP = 9, 18, 19
 INHERITED = (1, 2, 3, 13, 15, 17, 25)
 """SIGHUP, INT, QUIT, PIPE, TERM, CHLD, XFSZ: those that whoever started the box, or Python, may have ignored."""
 SIGCHLD = 17
@@ -116,12 +124,15 @@ class Capture:
 
 
 class Guest:
-    """What runs on one payload uid: its first process, its descriptors, what it has used so far."""
+    """What one operation runs: its first process, its descriptors, what it has used so far."""
 
-    def __init__(self, agent: Agent, op: int, uid: int, pid: int) -> None:
+    def __init__(self, agent: Agent, op: int, slot: int, uid: int, pid: int) -> None:
         self.agent = agent
         self.op = op
+        self.slot = slot
+        """Its number among those that run at the same time."""
         self.uid = uid
+        """The slot's own, or that of a named user, which others may share."""
         self.pid = pid
         self.started = time.monotonic()
         self.deadline = FOREVER
@@ -133,7 +144,7 @@ class Guest:
         self.max_rss_kib = 0
         self.captures: list[Capture] = []
         self.hits_before = agent.hits()
-        agent.guests[uid] = agent.ops[op] = self
+        agent.guests[slot] = agent.ops[op] = self
         if pid:
             agent.by_pid[pid] = self
             pidfd = open_pidfd(pid)
@@ -187,11 +198,11 @@ class Guest:
         self.verdict = self.verdict or "cancelled"
 
     def stop(self) -> None:
-        """Kill everything on the uid, take what its pipes still hold, and give the uid back."""
+        """Kill everything it has started, take what its pipes still hold, and give the slot back."""
         if self.pid and self.wait_status is None:
             # By its pid too, since it may not have taken its uid yet.
             os.kill(self.pid, SIGKILL)
-        self.agent.kill_all(self.uid)
+        self.agent.kill_all(self)
         deadline = time.monotonic() + KILL_DEADLINE_S
         while self.pid and self.wait_status is None:
             if time.monotonic() > deadline:
@@ -200,16 +211,17 @@ class Guest:
             self.agent.reap()
         for fd in list(self.fds):
             which = self.agent.streams[fd][1]
-            # Every writer is dead, so this ends with what the pipe holds.
-            while which in (1, 2) and fd in self.fds and read_ready(fd):
-                self.pump(fd, which)
+            # Every writer is dead, but for another command of the same user that may have opened the pipe, too.
+            for _ in range(MAX_DRAINS if which in (1, 2) else 0):
+                if fd in self.fds and read_ready(fd):
+                    self.pump(fd, which)
             if fd in self.fds:
                 self.drop(fd)
-        del self.agent.guests[self.uid]
+        del self.agent.guests[self.slot]
         self.agent.ops.pop(self.op, None)
         self.agent.by_pid.pop(self.pid, None)
-        self.agent.free_uids.append(self.uid)
-        self.agent.free_uids.sort(reverse=True)
+        self.agent.free_slots.append(self.slot)
+        self.agent.free_slots.sort(reverse=True)
 
     def result(self) -> bytes:
         return pack_result(
@@ -253,8 +265,8 @@ def pack_result(
 class Command(Guest):
     """One running command, answered when it has ended."""
 
-    def __init__(self, agent: Agent, op: int, uid: int, pid: int, *, cap: int, stdin: bytes) -> None:
-        super().__init__(agent, op, uid, pid)
+    def __init__(self, agent: Agent, op: int, slot: int, uid: int, pid: int, *, cap: int, stdin: bytes) -> None:
+        super().__init__(agent, op, slot, uid, pid)
         self.stdin = memoryview(stdin)
         self.captures = [Capture(cap), Capture(cap)]
 
@@ -294,17 +306,19 @@ class Agent:
 
     def __init__(self, config: list[bytes]) -> None:
         self.workdir = os.fsdecode(config[0])
-        self.first_uid, self.gid, slots = (int(field) for field in config[1:4])
-        self.group = os.fsdecode(config[4])
+        self.first_uid, self.gid, slots, self.max_users = (int(field) for field in config[1:5])
+        self.group = os.fsdecode(config[5])
         """The box's control group, where the kernel that keeps it is the box's own; empty where the host counts."""
-        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[5:])]
+        self.limits = [(int(limit), int(value)) for limit, value in (f.split(b"=") for f in config[6:])]
         self.max_processes = dict(self.limits).get(resource.RLIMIT_NPROC, 0)
         """Of one command; 0 where control groups bound the box instead, and the host sees a refused fork."""
         self.spare_uid = self.first_uid + slots - 1
         """For the fork server. No payload runs on it."""
-        self.free_uids = list(range(self.spare_uid - 1, self.first_uid - 1, -1))
+        self.users: dict[bytes, int] = {}
+        """The uids of named users, which follow the others in the order of their first use."""
+        self.free_slots = list(range(slots - 2, -1, -1))
         self.guests: dict[int, Guest] = {}
-        """By uid."""
+        """By slot."""
         self.ops: dict[int, Guest] = {}
         """By the operation the host would cancel."""
         self.by_pid: dict[int, Guest] = {}
@@ -383,12 +397,12 @@ class Agent:
 
     def _start(self, op: int, fields: list[bytes]) -> None:
         timeout_us, cap, num_args = (int(field) for field in fields[:3])
-        stdin, cwd = fields[3:5]
-        argv, env = fields[5 : 5 + num_args], read_env(fields[5 + num_args :])
+        stdin, cwd, user = fields[3:6]
+        argv, env = fields[6 : 6 + num_args], read_env(fields[6 + num_args :])
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         started = None
         try:
-            started = self.launch(argv, env, cwd, (ends[0][0], ends[1][1], ends[2][1]))
+            started = self.launch(argv, env, cwd, (ends[0][0], ends[1][1], ends[2][1]), user)
         finally:
             if started is None:
                 for end in (ends[0][1], ends[1][0], ends[2][0]):
@@ -409,32 +423,52 @@ class Agent:
         env: dict[bytes, bytes],
         cwd: bytes,
         stdio: tuple[int, int, int],
+        user: bytes = b"",
         extra: dict[int, int] | None = None,
         terminal: bool = False,
-    ) -> tuple[int, int] | None:
-        """Start a program on a uid of its own: that uid and the pid. Closes the child's ends of its descriptors.
+    ) -> tuple[int, int, int] | None:
+        """Start a program on the uid of a user, or without one on that of its slot: the slot, the uid and the pid.
 
-        ``extra`` maps more descriptors the program gets to those they are copies of. None when every process slot of
-        the box is taken; ``OSError`` when ``cwd`` cannot be entered.
+        Closes the child's ends of its descriptors. ``extra`` maps more descriptors the program gets to those they are
+        copies of. None when every process slot of the box is taken; ``OSError`` when ``cwd`` cannot be entered or the
+        user's home is not its own; ``ValueError`` for one user too many.
         """
         ends = {*stdio, *(extra or {}).values()}
         folder = -1
         try:
+            owner = self.uid_of(user) if user else 0
+            if user:
+                self.as_payload(lambda: settle(self.workdir, HOME + user, owner), owner)
             if split(cwd):
-                folder = self.as_payload(lambda: open_folder(self.workdir, split(cwd)))
-            uid = self.free_uids.pop()
+                folder = self.as_payload(lambda: open_folder(self.workdir, split(cwd)), owner)
+            slot = self.free_slots.pop()
+            uid, mark = (owner, self.mark(slot)) if user else (self.first_uid + slot, 0)
             try:
                 pid = self.fork()
             except BlockingIOError:
                 # Commands running beside this one hold every process slot of the box.
-                self.free_uids.append(uid)
+                self.free_slots.append(slot)
                 return None
             if pid == 0:
-                become_payload(self, uid, argv, env, folder, stdio, extra or {}, terminal)
-            return uid, pid
+                become_payload(self, (uid, mark), argv, env, folder, stdio, extra or {}, terminal)
+            return slot, uid, pid
         finally:
             for fd in ends | ({folder} if folder >= 0 else set()):
                 os.close(fd)
+
+    def uid_of(self, user: bytes) -> int:
+        """The uid of a named user, for as long as the box lives. ``ValueError`` when there is none left for it."""
+        if user not in self.users:
+            if len(self.users) >= self.max_users:
+                known = ", ".join(map(os.fsdecode, self.users))
+                most = f"a box has at most {self.max_users} users"
+                raise ValueError(f"user = {os.fsdecode(user)!r}: {most}; expected one of {known}")
+            self.users[user] = self.spare_uid + 1 + len(self.users)
+        return self.users[user]
+
+    def mark(self, slot: int) -> int:
+        """The group that everything of a named user's command in this slot is in, and nothing else."""
+        return self.gid + 1 + slot
 
     def fork(self) -> int:
         """``os.fork``. The child starts where no ``signal_all`` for somebody else can reach it: not with real uid 0."""
@@ -521,15 +555,42 @@ class Agent:
         names["install"](self)  # type: ignore[operator]
         send(op, OK)
 
-    def kill_all(self, uid: int) -> None:
-        """End every process of a uid. They are reaped too when this returns."""
+    def kill_all(self, guest: Guest) -> None:
+        """End everything a guest has started. It is reaped too when this returns."""
         deadline = time.monotonic() + KILL_DEADLINE_S
-        while signal_all(uid) and processes_of(uid):
+        seen: set[int] = set()
+        births = 0
+        while self.strike(guest) and (found := self.processes(guest)):
+            births += not seen.issuperset(found)
+            seen.update(found)
+            if births > MAX_BIRTHS and self.is_shared(guest):
+                # A bomb outruns whoever looks for its processes. What is stopped does not fork: the uid's other
+                # commands stand still, too, until it is over.
+                signal_all(guest.uid, SIGSTOP)
             self.reap()
             if time.monotonic() > deadline:
                 os._exit(70)
             time.sleep(0.0002)
+        if births > MAX_BIRTHS:
+            signal_all(guest.uid, SIGCONT)
         self.reap()
+
+    def strike(self, guest: Guest) -> bool:
+        """SIGKILL everything a guest has started. False when that is nothing."""
+        if not self.is_shared(guest):
+            return signal_all(guest.uid)
+        found = self.processes(guest)
+        for pid in found:
+            kill_marked(pid, guest.uid, self.mark(guest.slot))
+        return bool(found)
+
+    def is_shared(self, guest: Guest) -> bool:
+        """Whether another command of the same user is running."""
+        return any(other.uid == guest.uid and other is not guest for other in self.guests.values())
+
+    def processes(self, guest: Guest) -> list[int]:
+        """Everything a guest has started, zombies included."""
+        return processes_of(guest.uid, self.mark(guest.slot) if self.is_shared(guest) else 0)
 
     def reap(self) -> None:
         while True:
@@ -540,13 +601,19 @@ class Agent:
                 return
             if zombie is None:
                 return
+            owner = self.by_pid.get(zombie.si_pid) or self._owner(zombie.si_pid, zombie.si_uid)
             pid, status, usage = os.wait4(zombie.si_pid, 0)
-            first = self.by_pid.get(pid)
-            owner = first or self.guests.get(zombie.si_uid)
             if owner:
                 owner.account(usage)
-            if first:
-                first.wait_status = status
+                if owner.pid == pid:
+                    owner.wait_status = status
+
+    def _owner(self, pid: int, uid: int) -> Guest | None:
+        """Whose a zombie was that is nobody's first process."""
+        sharing = [guest for guest in self.guests.values() if guest.uid == uid]
+        if len(sharing) > 1:
+            sharing = [guest for guest in sharing if is_of(read_status(pid), uid, self.mark(guest.slot))]
+        return sharing[0] if sharing else None
 
     def as_payload(self, action: Callable[[], T], uid: int = 0) -> T:
         """Do something with the rights of a payload uid, the first one unless another is named."""
@@ -617,8 +684,8 @@ def receive_exactly(size: int) -> bytes:
     return b"".join(parts)
 
 
-def signal_all(uid: int) -> bool:
-    """SIGKILL every process of ``uid`` at once. False when there is none.
+def signal_all(uid: int, number: int = SIGKILL) -> bool:
+    """Signal every process of ``uid`` at once. False when there is none.
 
     Only the effective uid changes, so the payload gains no hold over the agent, whose real and saved uids stay 0;
     and without effective capabilities the kernel lets the signal reach that uid alone (and real uid 0, which only the
@@ -626,7 +693,7 @@ def signal_all(uid: int) -> bool:
     """
     os.seteuid(uid)
     try:
-        os.kill(-1, SIGKILL)
+        os.kill(-1, number)
     except (ProcessLookupError, PermissionError):
         return False
     finally:
@@ -634,30 +701,56 @@ def signal_all(uid: int) -> bool:
     return True
 
 
-def processes_of(uid: int) -> list[int]:
-    """The processes of a payload uid, zombies included."""
+def kill_marked(pid: int, uid: int, mark: int) -> None:
+    """SIGKILL a process if it is still the one that was found to be of ``uid`` and in the group ``mark``."""
+    process = open_pidfd(pid)
+    os.seteuid(uid)
+    try:
+        if process < 0:
+            os.kill(pid, SIGKILL)
+        elif is_of(read_status(pid), uid, mark):
+            import _signal
+
+            _signal.pidfd_send_signal(process, SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+    finally:
+        os.seteuid(0)
+        if process >= 0:
+            os.close(process)
+
+
+def processes_of(uid: int, mark: int = 0) -> list[int]:
+    """The processes of a payload uid, zombies included; with a mark, those in that group."""
     try:
         os.getpriority(os.PRIO_USER, uid)
     except ProcessLookupError:
         # One system call says so in most cases.
         return []
-    line = b"\nUid:\t%d\t" % uid
-    found = []
-    for pid in os.listdir("/proc"):  # noqa: PTH208 (pathlib costs 5 ms to import)
-        if not pid.isdigit():
-            continue
-        try:
-            fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            if line in os.read(fd, 4096):
-                found.append(int(pid))
-        except ProcessLookupError:
-            continue
-        finally:
-            os.close(fd)
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 (pathlib costs 5 ms to import)
+    return [pid for pid in pids if is_of(read_status(pid), uid, mark)]
+
+
+def is_of(status: bytes, uid: int, mark: int) -> bool:
+    """Whether a process with this status has the real uid, and is in the group, if one is given."""
+    if b"\nUid:\t%d\t" % uid not in status:
+        return False
+    groups = status.partition(b"\nGroups:\t")[2].partition(b"\n")[0].split()
+    return not mark or b"%d" % mark in groups
+
+
+def read_status(pid: int) -> bytes:
+    """What /proc says of a process; empty when it is gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.read(fd, 4096)
+    except ProcessLookupError:
+        return b""
+    finally:
+        os.close(fd)
 
 
 def read_env(pairs: list[bytes]) -> dict[bytes, bytes]:
@@ -681,7 +774,7 @@ def read_available(fd: int) -> bytes | None:
 
 def become_payload(
     agent: Agent,
-    uid: int,
+    identity: tuple[int, int],
     argv: list[bytes],
     env: dict[bytes, bytes],
     folder: int,
@@ -693,7 +786,7 @@ def become_payload(
     try:
         for target, fd in extra.items():
             os.dup2(fd, target)
-        drop_rights(agent, uid, stdio, folder)
+        drop_rights(agent, identity, stdio, folder)
         if terminal:
             import fcntl
 
@@ -706,23 +799,30 @@ def become_payload(
         os._exit(126)
 
 
-def drop_rights(agent: Agent, uid: int, stdio: tuple[int, int, int], folder: int = -1) -> None:
-    """Make the calling process a payload: standard streams, limits, directory, and then no way back to uid 0."""
+def drop_rights(agent: Agent, identity: tuple[int, int], stdio: tuple[int, int, int], folder: int = -1) -> None:
+    """Make the calling process a payload: standard streams, limits, directory, and then no way back to uid 0.
+
+    ``identity`` is its uid and, for a named user's, the group that marks its command; else 0.
+    """
+    uid, mark = identity
     os.setsid()
     for target, fd in enumerate(stdio):
         os.dup2(fd, target)
     # The first victim when memory runs out is the payload, never the agent.
     with open("/proc/self/oom_score_adj", "wb", buffering=0) as file:  # noqa: PTH123 (pathlib costs 5 ms to import)
         file.write(b"1000")
+    for limit, value in agent.limits:
+        resource.setrlimit(limit, (value, value))
+    os.setgroups([mark] if mark else [])
+    if mark:
+        # Others, who are in the same group, read what a user does not hide, and change none of it.
+        os.umask(0o022)
+    os.setresgid(agent.gid, agent.gid, agent.gid)
+    os.setresuid(uid, uid, uid)
     if folder < 0:
         os.chdir(agent.workdir)
     else:
         os.fchdir(folder)
-    for limit, value in agent.limits:
-        resource.setrlimit(limit, (value, value))
-    os.setgroups([])
-    os.setresgid(agent.gid, agent.gid, agent.gid)
-    os.setresuid(uid, uid, uid)
 
 
 def restore_signals() -> None:
@@ -772,6 +872,22 @@ def make_folder(name: bytes, parent: int) -> None:
         os.mkdir(name, 0o777, dir_fd=parent)
     except FileExistsError:
         return
+
+
+def settle(workdir: str, name: bytes, uid: int) -> None:
+    """Make the home of a user, as that user. ``OSError`` when something that is not its own has taken the place."""
+    root = open_folder(workdir, [])
+    try:
+        try:
+            os.mkdir(name, 0o755, dir_fd=root)
+        except FileExistsError:
+            if os.stat(name, dir_fd=root, follow_symlinks=False).st_uid != uid:
+                raise PermissionError(errno.EPERM, f"{os.fsdecode(name)} belongs to somebody else; delete it") from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+    finally:
+        os.close(root)
 
 
 def enter(name: bytes, parent: int) -> int:

@@ -1,8 +1,9 @@
 """The whole workdir as it is, and back: a part of the agent that is sent when it is first needed.
 
-``scan`` sends every directory, regular file and symbolic link, with permissions and, of files, times; ``lay`` puts such
-entries in place. Neither follows a link. A file is sent with the size it had when it was opened, whatever writes to it
-meanwhile: what grew is cut off, what shrank is filled up with zeros.
+``scan`` sends every directory, regular file and symbolic link, with permissions, the named user it belongs to, if any,
+and, of files, times; before them it sends those users. ``lay`` puts such entries in place. Neither follows a link. A
+file is sent with the size it had when it was opened, whatever writes to it meanwhile: what grew is cut off, what shrank
+is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sandbox.agent import T
 
 SCAN, LAY = 34, 35
-FILE, FOLDER, LINK, DATA = b"f", b"d", b"l", b""
+FILE, FOLDER, LINK, USER, DATA = b"f", b"d", b"l", b"u", b""
 BLOCK = 512
 """The unit of ``st_blocks``, on every file system."""
 
@@ -46,7 +47,9 @@ def install(agent: Agent) -> None:
 
 
 def scan(agent: Agent, op: int, max_entries: int, max_bytes: int) -> None:
-    """Send kind, path, permissions, time in nanoseconds and size or target of each entry, and the content of files."""
+    """Send kind, path, owner, permissions, time in nanoseconds and size or target of each entry, and files' content."""
+    for user in agent.users:
+        send(op, EVENT, pack(USER, user, b"", 0, 0, b""))
     Scan(agent, op, max_entries, max_bytes).visit(agent.as_payload(lambda: open_folder(agent.workdir, [])), b"", 0)
     send(op, OK)
 
@@ -59,6 +62,7 @@ class Scan:
         self.op = op
         self.entries_left = max_entries
         self.bytes_left = max_bytes
+        self.names = {uid: user for user, uid in agent.users.items()}
 
     def visit(self, folder: int, prefix: bytes, depth: int) -> None:
         """Send what is in an open directory, sorted by name, and close it."""
@@ -82,14 +86,14 @@ class Scan:
         self.entries_left -= 1
         if self.entries_left < 0:
             raise ValueError("the workdir has more than max_entries files and directories")
-        mode = stat.S_IMODE(found.st_mode) & 0o777
+        mode, owner = stat.S_IMODE(found.st_mode) & 0o777, self.names.get(found.st_uid, b"")
         if stat.S_ISDIR(found.st_mode):
             inner = self._as(found.st_uid, lambda: enter(name, folder))
-            send(self.op, EVENT, pack(FOLDER, path, mode, 0, 0))
+            send(self.op, EVENT, pack(FOLDER, path, owner, mode, 0, 0))
             self.visit(inner, path, depth + 1)
         elif stat.S_ISLNK(found.st_mode):
             target = self._as(os.fstat(folder).st_uid, lambda: os.readlink(name, dir_fd=folder))
-            send(self.op, EVENT, pack(LINK, path, 0, 0, target))
+            send(self.op, EVENT, pack(LINK, path, owner, 0, 0, target))
         elif stat.S_ISREG(found.st_mode):
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             fd = self._as(found.st_uid, lambda: os.open(name, flags, dir_fd=folder))
@@ -110,7 +114,8 @@ class Scan:
         self.bytes_left -= left
         if self.bytes_left < 0:
             raise ValueError(f"{os.fsdecode(path)}: with it, files are larger than the disk: holes or hard links")
-        send(self.op, EVENT, pack(FILE, path, stat.S_IMODE(found.st_mode) & 0o777, found.st_mtime_ns, left))
+        mode, owner = stat.S_IMODE(found.st_mode) & 0o777, self.names.get(found.st_uid, b"")
+        send(self.op, EVENT, pack(FILE, path, owner, mode, found.st_mtime_ns, left))
         for data in read_pieces(fd, left):
             left -= len(data)
             send(self.op, EVENT, pack(DATA, data))
@@ -121,31 +126,39 @@ class Scan:
 
     def _as(self, uid: int, action: Callable[[], T]) -> T:
         """Do something as the payload that owns a file or a directory, which a neighbour may not be allowed to."""
-        ours = self.agent.first_uid <= uid <= self.agent.spare_uid
+        ours = self.agent.first_uid <= uid <= self.agent.spare_uid or uid in self.names
         return self.agent.as_payload(action, uid if ours else self.agent.first_uid)
 
 
 def lay(agent: Agent, op: int, fields: list[bytes]) -> None:
-    """Put entries in place: kind, path, permissions, time, size, offset, and content (a piece of it) or target."""
+    """Put entries in place: kind, path, owner, permissions, time, size, offset, and content (a piece) or target."""
     rows = iter(fields)
-
-    def put_all() -> None:
-        for kind, path, mode, modified_ns, size, offset, data in zip(*[rows] * 7, strict=True):
-            *parts, name = split(path)
-            folder = open_folder(agent.workdir, parts)
-            try:
-                if kind == FOLDER:
-                    put_folder(folder, name, int(mode))
-                elif kind == LINK:
-                    remove(folder, name)
-                    os.symlink(data, name, dir_fd=folder)
-                else:
-                    put_file(folder, name, data, int(mode), int(modified_ns), int(size), int(offset))
-            finally:
-                os.close(folder)
-
-    agent.as_payload(put_all)
+    for kind, path, owner, *row in zip(*[rows] * 8, strict=True):
+        if kind == USER:
+            agent.uid_of(path)
+        else:
+            lay_as(agent, owner, kind, path, row)
     send(op, OK)
+
+
+def lay_as(agent: Agent, owner: bytes, kind: bytes, path: bytes, row: list[bytes]) -> None:
+    agent.as_payload(lambda: put(agent.workdir, kind, path, row), agent.uid_of(owner) if owner else 0)
+
+
+def put(workdir: str, kind: bytes, path: bytes, row: list[bytes]) -> None:
+    mode, modified_ns, size, offset = map(int, row[:4])
+    *parts, name = split(path)
+    folder = open_folder(workdir, parts)
+    try:
+        if kind == FOLDER:
+            put_folder(folder, name, mode)
+        elif kind == LINK:
+            remove(folder, name)
+            os.symlink(row[4], name, dir_fd=folder)
+        else:
+            put_file(folder, name, row[4], mode, modified_ns, size, offset)
+    finally:
+        os.close(folder)
 
 
 def put_folder(folder: int, name: bytes, mode: int) -> None:

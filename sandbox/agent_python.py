@@ -107,14 +107,15 @@ class ForkServer:
         while view:
             view = view[os.write(memory, view) :]
         # The uids take turns, so that whatever a call should leave behind in spite of all is not the next one's own.
-        uid = self.agent.free_uids.pop(self.count % len(self.agent.free_uids))
+        slot = self.agent.free_slots.pop(self.count % len(self.agent.free_slots))
+        uid = self.agent.first_uid + slot
         self.count += 1
         passed = (ends[0][0], ends[1][1], ends[2][1], memory)
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in passed)
         self.socket.sendmsg([pack(uid, self.count)], [(1, 1, rights)])
         for fd in passed:
             os.close(fd)
-        self.call = Call(self, op, uid, cap=cap, stdin=stdin, before=before)
+        self.call = Call(self, op, slot, uid, cap=cap, stdin=stdin, before=before)
         self.call.deadline = self.call.started + timeout_us / 1e6
         for which, fd in enumerate((ends[0][1], ends[1][0], ends[2][0])):
             self.call.watch(fd, which, select.POLLOUT if which == 0 else READABLE)
@@ -125,8 +126,10 @@ class ForkServer:
 class Call(Command):
     """One call of the fork server. The forked process is the fork server's child, which reports how it ended."""
 
-    def __init__(self, server: ForkServer, op: int, uid: int, *, cap: int, stdin: bytes, before: set[str]) -> None:
-        super().__init__(server.agent, op, uid, 0, cap=cap, stdin=stdin)
+    def __init__(
+        self, server: ForkServer, op: int, slot: int, uid: int, *, cap: int, stdin: bytes, before: set[str]
+    ) -> None:
+        super().__init__(server.agent, op, slot, uid, 0, cap=cap, stdin=stdin)
         self.server = server
         self.before = before
 
@@ -289,7 +292,7 @@ def become_call(agent: Agent, uid: int, number: int, fds: list[int]) -> None:
     # No queue can be left behind where nobody looks. gVisor has no such limit; the box's filter refuses queues there.
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_MSGQUEUE, (0, 0))
-    drop_rights(agent, uid, (fds[0], fds[1], fds[2]))
+    drop_rights(agent, (uid, 0), (fds[0], fds[1], fds[2]))
     os.dup2(fds[3], 3)
     os.closerange(4, 256)
     folder = f"{agent.workdir}/call-{number}-{os.urandom(4).hex()}"

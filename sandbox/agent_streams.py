@@ -32,11 +32,9 @@ from sandbox.agent import (
     is_full,
     pack,
     pack_result,
-    processes_of,
     read_available,
     read_env,
     send,
-    signal_all,
 )
 
 SPAWN, FEED, CREDIT, SIGNAL, RESIZE, SESSION, RUN, CLOSE = range(14, 22)
@@ -132,7 +130,7 @@ def signal_guest(agent: Agent, op: int, fields: list[bytes]) -> None:
         if guest.wait_status is None:
             # By its pid too, since it may not have taken its uid yet.
             os.kill(guest.pid, SIGKILL)
-        signal_all(guest.uid)
+        agent.strike(guest)
     elif not isinstance(guest, Session) or guest.run_op:
         signal_group(guest, int(fields[1]))
     send(op, OK)
@@ -150,7 +148,7 @@ def signal_group(guest: Guest, number: int) -> None:
 
 
 def start_session(agent: Agent, op: int, fields: list[bytes]) -> None:
-    cwd, env = fields[0], read_env(fields[1:])
+    cwd, user, env = fields[0], fields[1], read_env(fields[2:])
     command, status, out, err = (os.pipe2(os.O_CLOEXEC) for _ in range(4))
     ours = (command[1], status[0], out[0], err[0])
     null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -158,7 +156,7 @@ def start_session(agent: Agent, op: int, fields: list[bytes]) -> None:
     started = None
     try:
         extra = {COMMAND_FD: command[0], STATUS_FD: status[1]}
-        started = agent.launch(argv, env, cwd, (null, out[1], err[1]), extra)
+        started = agent.launch(argv, env, cwd, (null, out[1], err[1]), user, extra)
     finally:
         if started is None:
             for fd in ours:
@@ -172,8 +170,8 @@ def start_session(agent: Agent, op: int, fields: list[bytes]) -> None:
 class Session(Guest):
     """A bash and whatever its commands leave running."""
 
-    def __init__(self, agent: Agent, op: int, uid: int, pid: int, fds: tuple[int, int, int, int]) -> None:
-        super().__init__(agent, op, uid, pid)
+    def __init__(self, agent: Agent, op: int, slot: int, uid: int, pid: int, fds: tuple[int, int, int, int]) -> None:
+        super().__init__(agent, op, slot, uid, pid)
         self.captures = [Capture(IDLE_CAP), Capture(IDLE_CAP)]
         self.command_fd = fds[0]
         self.unsent = b""
@@ -291,7 +289,7 @@ class Session(Guest):
         if self.force == 1:
             os.seteuid(self.uid)
             try:
-                for pid in processes_of(self.uid):
+                for pid in self.agent.processes(self):
                     if pid != self.pid:
                         kill_quietly(pid)
             finally:
@@ -322,8 +320,8 @@ def kill_quietly(pid: int) -> None:
 
 
 def start_job(agent: Agent, op: int, fields: list[bytes]) -> None:
-    timeout_us, num_args, cwd, size = int(fields[0]), int(fields[1]), fields[2], fields[3]
-    argv, env = fields[4 : 4 + num_args], read_env(fields[4 + num_args :])
+    timeout_us, num_args, cwd, user, size = int(fields[0]), int(fields[1]), *fields[2:5]
+    argv, env = fields[5 : 5 + num_args], read_env(fields[5 + num_args :])
     if size:
         ours, stdio = open_terminal(size)
     else:
@@ -331,7 +329,7 @@ def start_job(agent: Agent, op: int, fields: list[bytes]) -> None:
         ours, stdio = (ends[0][1], ends[1][0], ends[2][0]), (ends[0][0], ends[1][1], ends[2][1])
     started = None
     try:
-        started = agent.launch(argv, env, cwd, stdio, terminal=bool(size))
+        started = agent.launch(argv, env, cwd, stdio, user, terminal=bool(size))
     finally:
         if started is None:
             for fd in ours:
@@ -360,8 +358,10 @@ def set_size(fd: int, rows: int, columns: int) -> None:
 class Job(Guest):
     """One program whose output is streamed."""
 
-    def __init__(self, agent: Agent, op: int, uid: int, pid: int, ours: tuple[int, ...], terminal: bool) -> None:
-        super().__init__(agent, op, uid, pid)
+    def __init__(
+        self, agent: Agent, op: int, slot: int, uid: int, pid: int, ours: tuple[int, ...], terminal: bool
+    ) -> None:
+        super().__init__(agent, op, slot, uid, pid)
         self.terminal = terminal
         self.stdin_fd: int = ours[0]
         os.set_blocking(self.stdin_fd, False)

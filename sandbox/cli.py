@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--file", action="append", default=[], metavar="LOCAL:PATH", help="copy a file into the workdir"
         )
+        command.add_argument("--user", metavar="NAME", help="run as this user of the box (default: a fresh one)")
     run.add_argument("--timeout", type=float, metavar="S", help="kill the program after this time (default: never)")
     run.add_argument("program", nargs="+", help="the program and its arguments")
     run.usage = "posttrain sandbox run [OPTIONS] -- PROGRAM [ARGUMENT ...]"
@@ -121,7 +122,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.timeout is not None and arguments.timeout <= 0:
         raise RecipeError(f"--timeout {arguments.timeout:g}: expected a number of seconds > 0")
     substrate = _substrate(arguments.substrate)
-    result = asyncio.run(terminal.run(substrate, _spec(arguments), arguments.program, arguments.timeout))
+    result = asyncio.run(
+        terminal.run(substrate, _spec(arguments), arguments.program, timeout_s=arguments.timeout, user=arguments.user)
+    )
     return _ended(result)
 
 
@@ -129,10 +132,12 @@ def _shell(arguments: argparse.Namespace) -> int:
     from sandbox import terminal
 
     if arguments.attach is None:
-        return _ended(asyncio.run(terminal.shell(_substrate(arguments.substrate), _spec(arguments))))
+        return _ended(
+            asyncio.run(terminal.shell(_substrate(arguments.substrate), _spec(arguments), user=arguments.user))
+        )
     if arguments.dir is None:
         raise RecipeError("--attach needs --dir, the folder of the edge that keeps the box")
-    return _ended(asyncio.run(terminal.attached_shell(arguments.dir.absolute(), arguments.attach)))
+    return _ended(asyncio.run(terminal.attached_shell(arguments.dir.absolute(), arguments.attach, user=arguments.user)))
 
 
 def _ended(result: ExecResult) -> int:

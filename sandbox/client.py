@@ -35,6 +35,12 @@ AT_ONCE = 8
 """Commands that run at the same time in one box; more wait their turn."""
 SLOTS = AT_ONCE + 1
 """Payload uids of a box: one for each of them, and one on which nothing runs, for the fork server to hide behind."""
+MAX_USERS = 16
+"""Named users of a box."""
+IDS = SLOTS + MAX_USERS
+"""Uids and gids of a box, in one row: those of its slots, then those of its users."""
+ROOT = ("root", "toor")
+"""Names that promise what no payload gets."""
 MAX_HELD = AT_ONCE - 2
 """Sessions and jobs open at the same time, which leaves room for commands."""
 WRITES_AT_ONCE = 32
@@ -46,7 +52,12 @@ FILE_DEADLINE_S = 30.0
 SNAPSHOT_DEADLINE_S = 300.0
 BATCH_BYTES, BATCH_ENTRIES = 1 << 20, 1000
 """Of a layer, what is sent at a time."""
-LAYER_KINDS = {"file": agent_files.FILE, "directory": agent_files.FOLDER, "link": agent_files.LINK}
+LAYER_KINDS = {
+    "file": agent_files.FILE,
+    "directory": agent_files.FOLDER,
+    "link": agent_files.LINK,
+    "user": agent_files.USER,
+}
 EXECUTABLE = 0o775
 AGENT_MEMORY_MB = 24
 TMP_MB = 16
@@ -160,14 +171,14 @@ class AgentSandbox:
     async def start(self, *, uid: int, limits: Mapping[int, int], group: str = "") -> None:
         """Send the agent's program and wait until it answers.
 
-        ``uid`` is the first of ``SLOTS`` payload uids (and the gid); ``limits`` are resource limits of each command.
+        ``uid`` is the first of ``IDS`` payload uids (and the gid); ``limits`` are resource limits of each command.
         ``group`` is the control group in the box that counts what the host cannot.
         """
         ready: asyncio.Future[Fields] = asyncio.get_running_loop().create_future()
         self._pending[0] = ready
         self._pump = asyncio.create_task(self._receive_replies())
         rlimits = [f"{limit}={value}" for limit, value in limits.items()]
-        config = agent.pack(self.spec.workdir, uid, uid, SLOTS, group, *rlimits)
+        config = agent.pack(self.spec.workdir, uid, uid, SLOTS, MAX_USERS, group, *rlimits)
         await self._send(_program() + agent.HEADER.pack(0, agent.CONFIG, len(config)) + config)
         await self._await(0, ready, START_DEADLINE_S)
 
@@ -180,6 +191,7 @@ class AgentSandbox:
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
         op_id: str = "",
     ) -> ExecResult:
         """Run argv, or a string through ``sh -c``. On return every process the command started is dead.
@@ -189,15 +201,24 @@ class AgentSandbox:
 
         ``cwd`` is relative to the workdir and reached without following links (``OSError`` as for a file).
 
+        A ``user`` is a name (``[a-z_][a-z0-9_-]*``, at most 32 letters) that has the same uid in every command, session
+        and job of the box, and in boxes made from its snapshots; HOME is ``.home-USER`` in the workdir. Nobody else
+        reads what it keeps to itself (mode 0600 or 0700) or signals its processes; by default others may read its
+        files. Commands of one user may run at the same time, and the end of one leaves the others alone; they can
+        signal each other, and where processes are bounded per command they share that bound. Without a user each
+        command has a uid of its own. ``ValueError`` for a bad name, for ``root``, and for more than ``MAX_USERS`` names
+        in one box.
+
         Whatever takes an ``op_id``, here and below, happens once: a second request of that name gets what the first
         came to, which the box keeps until ``acknowledge``.
         """
         limit_s = self.spec.timeout_s if timeout_s is None else timeout_s
         argv = check_argv(command)
         _check_limits(limit_s, max_output)
-        pairs = self._pairs(env)
+        name = check_user(user)
+        pairs = self._pairs(env, name)
         folder = check_path(cwd, allow_workdir=True)
-        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, folder, *argv, *pairs)
+        body = agent.pack(int(limit_s * 1e6), max_output, len(argv), stdin, folder, name, *argv, *pairs)
         self.spoiled = self.spoiled or "a command ran in it"
         async with self._slots:
             return (await self.command(agent.EXEC, body, limit_s + REPLY_GRACE_S, op_id=op_id))[0]
@@ -309,16 +330,19 @@ class AgentSandbox:
         await self._load(agent_files)
         batch: list[bytes] = []
         closed: list[bytes] = []
+        # What a directory needs to be filled: by its owner, and by others where there are several.
+        filling = 0o700
         file = await asyncio.to_thread(layers.opened, digest)
         for node, pieces in layers.members(file):
             kind = LAYER_KINDS[node.kind]
+            filling = 0o777 if node.kind == "user" else filling
             # A directory stays open to be filled, and gets its own permissions at the end.
-            mode = node.mode | 0o700 if node.kind == "directory" else node.mode
+            mode = node.mode | filling if node.kind == "directory" else node.mode
             if mode != node.mode:
-                closed.insert(0, agent.pack(kind, node.path, node.mode, 0, 0, 0, b""))
+                closed.insert(0, agent.pack(kind, node.path, node.owner, node.mode, 0, 0, 0, b""))
             offset = 0
             for piece in pieces if node.size else [os.fsencode(node.target)]:
-                batch.append(agent.pack(kind, node.path, mode, node.modified_ns, node.size, offset, piece))
+                batch.append(agent.pack(kind, node.path, node.owner, mode, node.modified_ns, node.size, offset, piece))
                 offset += len(piece)
                 if sum(map(len, batch)) > BATCH_BYTES or len(batch) >= BATCH_ENTRIES:
                     await self.ask(agent_files.LAY, b"".join(batch))
@@ -353,11 +377,14 @@ class AgentSandbox:
         self.spoiled = spoiled or fields[10].decode("utf-8", "replace") or ("" if ended else result.status.value)
         return result
 
-    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None, op_id: str = "") -> Session:
+    async def session(
+        self, *, cwd: str = ".", env: Mapping[str, str] | None = None, user: str | None = None, op_id: str = ""
+    ) -> Session:
         """A shell that keeps its state between commands. It and ``spawn`` share ``MAX_HELD`` places."""
         if op_id in self._sessions:
             return self._sessions[op_id]
-        body = agent.pack(check_path(cwd, allow_workdir=True), *self._pairs(env))
+        name = check_user(user)
+        body = agent.pack(check_path(cwd, allow_workdir=True), name, *self._pairs(env, name))
         op = await self._hold()
         session = Session(self, op)
         released = self._release(op)
@@ -384,6 +411,7 @@ class AgentSandbox:
         timeout_s: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
         tty: tuple[int, int] | None = None,
         op_id: str = "",
     ) -> Job:
@@ -395,8 +423,8 @@ class AgentSandbox:
             return self._jobs[op_id]
         argv = check_argv(command)
         size = f"{tty[0]}x{tty[1]}" if tty else ""
-        folder = check_path(cwd, allow_workdir=True)
-        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, size, *argv, *self._pairs(env))
+        folder, name = check_path(cwd, allow_workdir=True), check_user(user)
+        body = agent.pack(int((timeout_s or 0) * 1e6), len(argv), folder, name, size, *argv, *self._pairs(env, name))
         op = await self._hold()
         released = self._release(op)
         job = Job(self, op)
@@ -564,9 +592,11 @@ class AgentSandbox:
             self._pump.cancel()
         self._channel.close()
 
-    def _pairs(self, env: Mapping[str, str] | None) -> Sequence[str]:
+    def _pairs(self, env: Mapping[str, str] | None, user: str = "") -> Sequence[str]:
         proxy = self._egress.environment() if self._egress else {}
-        return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **proxy, **(env or {})}).items()]
+        home = f"{self.spec.workdir}/{os.fsdecode(agent.HOME)}{user}"
+        own = {"HOME": home, "USER": user, "LOGNAME": user} if user else {}
+        return [f"{name}={value}" for name, value in check_env({**BASE_ENV, **own, **proxy, **(env or {})}).items()]
 
     async def _file_call(self, kind: int, path: str, *more: bytes | int) -> Fields:
         relative = check_path(path, allow_workdir=kind == agent.LIST)
@@ -768,6 +798,22 @@ def check_env(env: Mapping[str, str]) -> Mapping[str, str]:
     return env
 
 
+def check_user(user: str | None) -> str:
+    """The name of a user; empty for None. ``ValueError`` for what is no name, and for what promises root."""
+    if user is None:
+        return ""
+    if user in ROOT:
+        raise ValueError(
+            f"user = {user!r}: nothing that runs in a box is root; expected another name, or None for a fresh uid"
+        )
+    if not layers.USER.fullmatch(user):
+        raise ValueError(
+            f"user = {user!r}: expected a name of at most 32 small letters, digits, '_' and '-' that begins with a "
+            "letter or '_', or None for a fresh uid"
+        )
+    return user
+
+
 def check_path(path: str, *, allow_workdir: bool = False) -> str:
     """A path relative to the workdir. ``ValueError`` when it is absolute, climbs, or names no file."""
     pure = PurePosixPath(path)
@@ -875,11 +921,12 @@ def _draw(draft: layers.Draft, fields: Fields) -> None:
     if fields[0] == agent_files.DATA:
         draft.feed(fields[1])
         return
-    kind, path, mode, modified_ns, last = fields
+    kind, path, owner, mode, modified_ns, last = fields
     draft.add(
         layers.Node(
             path=_text(path),
             kind=next(name for name, code in LAYER_KINDS.items() if code == kind),
+            owner=_text(owner),
             mode=int(mode),
             modified_ns=int(modified_ns),
             size=int(last) if kind == agent_files.FILE else 0,

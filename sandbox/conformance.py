@@ -31,6 +31,7 @@ from sandbox.conformance_escape import ESCAPE_CHECKS, ESCAPE_WHOLE
 from sandbox.conformance_files import FILE_CHECKS
 from sandbox.conformance_life import LIFE_CHECKS, LIFE_WHOLE
 from sandbox.conformance_limits import LIMIT_CHECKS, LIMIT_WHOLE
+from sandbox.conformance_users import USER_CHECKS, USER_WHOLE
 from sandbox.container import Container
 from sandbox.expectations import RIGHTS, expect, has_no_rights, nothing_runs, python, raises, still_works
 from sandbox.function import Function
@@ -289,6 +290,7 @@ CHECKS: tuple[Check, ...] = (
     links_are_not_followed,
     a_lost_box_is_not_a_result,
     *AGENT_CHECKS,
+    *USER_CHECKS,
 )
 
 
@@ -389,6 +391,7 @@ WHOLE: tuple[Callable[[Substrate], Coroutine[Any, Any, None]], ...] = (
     nothing_survives_close,
     files_are_in_place,
     *AGENT_WHOLE,
+    *USER_WHOLE,
 )
 ATTACKS: tuple[Check, ...] = (*LIMIT_CHECKS, *ESCAPE_CHECKS, *FILE_CHECKS, *LIFE_CHECKS)
 ATTACKS_WHOLE: tuple[Callable[[Substrate], Coroutine[Any, Any, None]], ...] = (

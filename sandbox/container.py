@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox import cgroups, dockerd, owners, pool, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, Channel, command_limits
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, IDS, MAX_USERS, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Container:
             "image": image.digest if image else None,
             "survives_host_restart": False,
             "survives_edge_restart": False,
+            "users": MAX_USERS,
             "snapshot": "fs",
             "pause": cgroups.can_freeze(),
         }
@@ -152,7 +153,7 @@ async def start(socket_path: str, spec: SandboxSpec) -> AgentSandbox:
         freeze=group.freeze if group and group.freezer else None,
     )
     box.started = started
-    uid = random.SystemRandom().randrange(*HOST_UIDS, SLOTS)
+    uid = random.SystemRandom().randrange(*HOST_UIDS, IDS)
     try:
         await box.start(uid=uid, limits=command_limits(spec))
     except BaseException:

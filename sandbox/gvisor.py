@@ -36,7 +36,7 @@ from typing import Any
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox import cgroups, owners, pool, seccomp
-from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, SLOTS, TMP_MB, AgentSandbox, Channel, command_limits
+from sandbox.client import AGENT_ARGV, AGENT_MEMORY_MB, MAX_USERS, SLOTS, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build
 
 MIB = 1 << 20
@@ -80,6 +80,7 @@ class Gvisor:
             "image": image.digest if image else None,
             "survives_host_restart": False,
             "survives_edge_restart": False,
+            "users": MAX_USERS,
             "snapshot": "fs",
             "pause": cgroups.can_freeze(),
         }

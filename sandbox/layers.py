@@ -2,7 +2,8 @@
 
 ``SandboxSpec.image`` names a commit as ``default+3f2a...``: the image a box is started from and, after each ``+``, the
 first digits of a layer's SHA-256. Layers are laid into the workdir in that order. A layer holds directories, regular
-files (with permissions and times) and symbolic links, and the same content always has the same name.
+files (with permissions and times) and symbolic links, and the same content always has the same name. It also
+says which named users the box had, in the order in which it gave them uids, and what belongs to them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,9 @@ PREFIX_DIGITS = 16
 PIECE_BYTES = 1 << 20
 DIGEST = re.compile(rf"[0-9a-f]{{{PREFIX_DIGITS},64}}")
 PARTIAL = ".partial-"
+USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+USER_TYPE = b"U"
+"""Of the archive's members, one of the letters that POSIX leaves to whoever wants one: a user, named like a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,9 @@ class Node:
 
     path: str
     kind: str
-    """``file``, ``directory`` or ``link``."""
+    """``file``, ``directory`` or ``link``; ``user`` for a user of the box, whose name is the path."""
+    owner: str = ""
+    """A user that came before; empty for what a command without one has made."""
     mode: int = 0
     """Permission bits of a file or a directory."""
     modified_ns: int = 0
@@ -185,12 +191,13 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
-KINDS = {"file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}
+KINDS = {"file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "user": USER_TYPE}
 
 
 def _header(node: Node) -> bytes:
     member = tarfile.TarInfo(_checked(node.path))
     member.type, member.mode, member.size, member.linkname = KINDS[node.kind], node.mode, node.size, node.target
+    member.uname = node.owner
     seconds, nanoseconds = divmod(node.modified_ns, 10**9)
     member.mtime = seconds
     if nanoseconds:
@@ -200,15 +207,21 @@ def _header(node: Node) -> bytes:
 
 def members(file: IO[bytes]) -> Iterator[tuple[Node, Iterator[bytes]]]:
     """The entries of a layer, each with its content in pieces, to be taken in order. Closes the file at the end."""
+    users: set[str] = set()
     try:
         with file, tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
             for member in archive:
-                yield _node(member), _content(archive, member)
+                node = _node(member, users)
+                if node.kind == "user":
+                    users.add(node.path)
+                yield node, _content(archive, member)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"not an uncompressed tar archive: {error}") from error
 
 
-def _node(member: tarfile.TarInfo) -> Node:
+def _node(member: tarfile.TarInfo, users: Set[str]) -> Node:
+    if member.type == USER_TYPE and USER.fullmatch(member.name) and not member.size:
+        return Node(path=member.name, kind="user")
     kind = "directory" if member.isdir() else "link" if member.issym() else "file"
     if kind == "file" and (not member.isreg() or member.issparse()):
         raise ValueError(f"{member.name[:80]!r}: expected a file, a directory or a symbolic link, nothing else")
@@ -216,6 +229,8 @@ def _node(member: tarfile.TarInfo) -> Node:
     return Node(
         path=_checked(member.name),
         kind=kind,
+        # Whoever packed an archive elsewhere is nobody in a box.
+        owner=member.uname if member.uname in users else "",
         mode=member.mode & 0o777 if kind != "link" else 0,
         modified_ns=int(seconds) * 10**9 + int(f"{fraction:0<9.9}") if kind == "file" else 0,
         size=member.size if kind == "file" else 0,

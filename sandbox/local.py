@@ -38,7 +38,7 @@ class LocalUnsafe:
 
     def capabilities(self) -> Mapping[str, Any]:
         """Nothing is guaranteed but the wall-clock and output limits."""
-        return {"isolation": "none", "network": "host", "limits": "time and output", "image": "host"}
+        return {"isolation": "none", "network": "host", "limits": "time and output", "image": "host", "users": 0}
 
     def check(self) -> None:
         """Always possible."""
@@ -75,8 +75,14 @@ class LocalSandbox:
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
     ) -> ExecResult:
-        """Run argv, or a string through ``sh -c``. Its process group is killed at the end; a daemon escapes that."""
+        """Run argv, or a string through ``sh -c``. Its process group is killed at the end; a daemon escapes that.
+
+        ``Unsupported`` with a ``user``: everything runs as whoever trains.
+        """
+        if user is not None:
+            raise Unsupported(f"user = {user!r}: 'local-unsafe' has no users; use another substrate, or leave it out")
         limit_s = self._spec.timeout_s if timeout_s is None else timeout_s
         captures = (Capture(max_output), Capture(max_output))
         variables = check_env({**BASE_ENV, "PATH": os.environ.get("PATH", os.defpath), **(env or {})})

@@ -240,6 +240,7 @@ class Operations(ABC):
         max_output: int = 1 << 20,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
         idempotent: bool = False,
     ) -> ExecResult:
         """Run a command, once. ``idempotent`` says that running it again is harmless when its end is not known."""
@@ -251,6 +252,7 @@ class Operations(ABC):
             max_output=max_output,
             env=env,
             cwd=cwd,
+            user=user,
             idempotent=idempotent,
         )
 
@@ -312,9 +314,11 @@ class Operations(ABC):
         """Let commands reach these destinations, as in ``SandboxSpec.network``, and no other."""
         await self._ask("set_net", allow=allow)
 
-    async def session(self, *, cwd: str = ".", env: Mapping[str, str] | None = None) -> RemoteSession:
+    async def session(
+        self, *, cwd: str = ".", env: Mapping[str, str] | None = None, user: str | None = None
+    ) -> RemoteSession:
         """A shell that keeps its state between commands."""
-        return RemoteSession(self, await self._ask("session", cwd=cwd, env=env))
+        return RemoteSession(self, await self._ask("session", cwd=cwd, env=env, user=user))
 
     async def spawn(
         self,
@@ -323,10 +327,11 @@ class Operations(ABC):
         timeout_s: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str = ".",
+        user: str | None = None,
         tty: tuple[int, int] | None = None,
     ) -> RemoteJob:
         """Start a program whose output is read as it comes; ``tty`` is the rows and columns of a terminal for it."""
-        handle = await self._ask("job", command=command, timeout_s=timeout_s, env=env, cwd=cwd, tty=tty)
+        handle = await self._ask("job", command=command, timeout_s=timeout_s, env=env, cwd=cwd, user=user, tty=tty)
         return RemoteJob(self, handle)
 
     async def snapshot(self) -> Snapshot:

@@ -31,7 +31,8 @@ from sandbox import cgroups, seccomp
 from sandbox.client import (
     AGENT_ARGV,
     AGENT_MEMORY_MB,
-    SLOTS,
+    IDS,
+    MAX_USERS,
     START_DEADLINE_S,
     TMP_MB,
     AgentSandbox,
@@ -71,6 +72,7 @@ class Process:
             "shared": ("flock",),
             "survives_host_restart": False,
             "survives_edge_restart": False,
+            "users": MAX_USERS,
             "snapshot": "fs",
             "pause": cgroups.can_freeze(),
         }
@@ -285,25 +287,25 @@ async def _read_soon(file: BinaryIO) -> bytes:
 def _map_ids(pid: int) -> None:
     """Give the box's user namespace two kinds of uid: 0 for the agent, and the payload's."""
     if os.geteuid() == 0:
-        host = random.SystemRandom().randrange(HOST_UIDS[0], HOST_UIDS[1], SLOTS)
+        host = random.SystemRandom().randrange(HOST_UIDS[0], HOST_UIDS[1], IDS)
         for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{PAYLOAD_UID} {host} {SLOTS}\n")
+            Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{PAYLOAD_UID} {host} {IDS}\n")
         return
     for tool, registry, own in (("newuidmap", "/etc/subuid", os.geteuid()), ("newgidmap", "/etc/subgid", os.getegid())):
         first = _subordinate_ids(Path(registry))
-        argv = [tool, str(pid), "0", str(own), "1", str(PAYLOAD_UID), str(first), str(SLOTS)]
+        argv = [tool, str(pid), "0", str(own), "1", str(PAYLOAD_UID), str(first), str(IDS)]
         done = subprocess.run(argv, capture_output=True, timeout=10, check=False)
         if done.returncode != 0:
             raise SandboxUnavailable(f"{tool} failed: {done.stderr.decode('utf-8', 'replace').strip()}")
 
 
 def _subordinate_ids(registry: Path) -> int:
-    """The first of ``SLOTS`` ids, drawn at random from what the registry grants this user."""
+    """The first of ``IDS`` ids, drawn at random from what the registry grants this user."""
     names = {str(os.geteuid()), pwd.getpwuid(os.geteuid()).pw_name}
     for line in registry.read_text().splitlines() if registry.exists() else []:
         name, first, count = line.split(":")
-        if name in names and int(count) >= SLOTS:
-            return random.SystemRandom().randrange(int(first), int(first) + int(count) - SLOTS + 1)
+        if name in names and int(count) >= IDS:
+            return random.SystemRandom().randrange(int(first), int(first) + int(count) - IDS + 1)
     raise SandboxUnavailable(
-        f"{registry} grants this user no {SLOTS} ids; add one with usermod --add-subuids/--add-subgids"
+        f"{registry} grants this user no {IDS} ids; add one with usermod --add-subuids/--add-subgids"
     )

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 from posttrain.errors import SandboxError, SandboxLost, SandboxUnavailable
 from posttrain.types import SandboxSpec
 from sandbox import cgroups, guest, pool, seccomp
-from sandbox.client import AGENT_MEMORY_MB, TMP_MB, AgentSandbox, Channel, command_limits
+from sandbox.client import AGENT_MEMORY_MB, MAX_USERS, TMP_MB, AgentSandbox, Channel, command_limits
 from sandbox.images import build, vm
 
 MIB = 1 << 20
@@ -88,6 +88,7 @@ class MicroVM:
             "image": image.digest if image else None,
             "survives_host_restart": False,
             "survives_edge_restart": False,
+            "users": MAX_USERS,
             "snapshot": "fs",
             "pause": cgroups.can_freeze(),
         }

@@ -27,13 +27,20 @@ SHELL = ("bash", "--norc", "-i")
 PROMPT = r"sandbox:\w\$ "
 
 
-async def run(substrate: Substrate, spec: SandboxSpec, argv: Sequence[str], timeout_s: float | None) -> ExecResult:
+async def run(
+    substrate: Substrate,
+    spec: SandboxSpec,
+    argv: Sequence[str],
+    *,
+    timeout_s: float | None = None,
+    user: str | None = None,
+) -> ExecResult:
     """Run a program in a fresh box, with standard input passed in and output passed on as it comes.
 
     Ctrl-C interrupts the program; a second one kills it.
     """
     async with substrate.open(spec) as box:
-        job = await _agent(box, substrate).spawn(argv, timeout_s=timeout_s)
+        job = await _agent(box, substrate).spawn(argv, timeout_s=timeout_s, user=user)
         async with job:
             _forward_input(job)
             presses: list[asyncio.Task[None]] = []
@@ -50,16 +57,16 @@ async def run(substrate: Substrate, spec: SandboxSpec, argv: Sequence[str], time
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
-async def shell(substrate: Substrate, spec: SandboxSpec) -> ExecResult:
+async def shell(substrate: Substrate, spec: SandboxSpec, *, user: str | None = None) -> ExecResult:
     """An interactive shell in a fresh box, on this process's terminal. ``RecipeError`` when it has none."""
     _check_terminal()
     async with substrate.open(spec) as box:
-        job = await _agent(box, substrate).spawn(SHELL, env=_shell_env(), tty=_terminal_size())
+        job = await _agent(box, substrate).spawn(SHELL, env=_shell_env(), user=user, tty=_terminal_size())
         async with job:
             return await _on_terminal(job)
 
 
-async def attached_shell(folder: Path, rollout_id: str) -> ExecResult:
+async def attached_shell(folder: Path, rollout_id: str, *, user: str | None = None) -> ExecResult:
     """The same in the box that an edge keeps for a rollout, as the rollout's next recorded calls.
 
     Raises ``KeyError`` when the rollout has none, ``SandboxLost`` when the box is gone, ``Fenced`` when somebody else
@@ -74,7 +81,7 @@ async def attached_shell(folder: Path, rollout_id: str) -> ExecResult:
             "whoever held the box is fenced off. It stays with the edge.",
             file=sys.stderr,
         )
-        job = await box.spawn(SHELL, env=_shell_env(), tty=_terminal_size())
+        job = await box.spawn(SHELL, env=_shell_env(), user=user, tty=_terminal_size())
         async with job:
             return await _on_terminal(job)
 

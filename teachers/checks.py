@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from posttrain.conversation.chat import ChatFormat
-from posttrain.divergence import reverse_kl_sum
+from posttrain.conversation.formats import open_format
+from posttrain.divergence import divergence_sum
 from posttrain.errors import RecipeError
 from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
@@ -114,7 +114,7 @@ def check_vocabulary_size(name: str, teacher_size: int, student_size: int) -> No
 
 def check_chat_format(name: str, teacher_tokenizer: Any, student_tokenizer: Any) -> None:
     """Both must write a conversation as the same tokens."""
-    theirs, ours = ChatFormat(teacher_tokenizer).fingerprint, ChatFormat(student_tokenizer).fingerprint
+    theirs, ours = open_format(teacher_tokenizer).fingerprint, open_format(student_tokenizer).fingerprint
     if theirs != ours:
         raise RecipeError(
             f"teacher {name!r}: chat format {theirs} differs from the student's {ours}. The teacher would judge "
@@ -224,4 +224,4 @@ def _probe_sample(teacher: str, index: int, token_ids: IntArray) -> Sample:
 
 def _mean_kl(p_hidden: torch.Tensor, p_head: torch.Tensor, q_hidden: torch.Tensor, q_head: torch.Tensor) -> float:
     with torch.no_grad():
-        return reverse_kl_sum(p_hidden, p_head, q_hidden, q_head)[1].mean().item()
+        return divergence_sum(p_hidden, p_head, q_hidden, q_head)[1].mean().item()

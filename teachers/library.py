@@ -43,14 +43,14 @@ class SwapOnDemand:
         teachers: Mapping[str, Teacher],
         *,
         student_path: str,
-        probes: Mapping[str, Sequence[IntArray]],
+        probes: Mapping[str, Sequence[IntArray]] | None,
         folder: Path | None = None,
     ) -> Iterator[PooledTeachers]:
         """See ``posttrain.protocols.TeacherLibrary.open``."""
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_teachers(
-            teachers, student=HFTeacher(student_path), probes=probes, memory_mb=self.memory_mb, device=device
-        )
+        if probes is not None:
+            student = HFTeacher(student_path)
+            check_teachers(teachers, student=student, probes=probes, memory_mb=self.memory_mb, device=device)
         with TeacherPool(teachers, memory_mb=self.memory_mb, device=device) as pool:
             yield PooledTeachers(pool, open_store(self.states, folder))
 

@@ -242,6 +242,7 @@ class TeacherPool:
         digest = hashlib.sha256(self._fingerprints[name].encode())
         digest.update(arrays.token_ids.astype(np.int32).tobytes())
         digest.update(arrays.loss_mask.astype(np.bool_).tobytes())
+        digest.update(np.array(arrays.lengths, np.int64).tobytes())
         return digest.hexdigest()
 
     def _visiting_order(self, names: Iterable[str]) -> list[str]:
@@ -254,10 +255,20 @@ class TeacherPool:
         return name
 
     def _run(self, model: TeacherModel, samples: Sequence[_Asked], store: StateStore) -> None:
-        for index, states_TE in _each_state(model, [each.arrays.token_ids for each in samples]):
-            each = samples[index]
-            predicting = torch.from_numpy(np.flatnonzero(each.arrays.loss_mask) - 1)
-            kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
+        # A sample may hold several sequences, which the teacher reads apart.
+        sequences = [np.split(each.arrays.token_ids, np.cumsum(each.arrays.lengths)[:-1]) for each in samples]
+        places = [(owner, part) for owner, parts in enumerate(sequences) for part in range(len(parts))]
+        kept: dict[int, dict[int, torch.Tensor]] = {}
+        for index, states_TE in _each_state(model, [part for parts in sequences for part in parts]):
+            owner, part = places[index]
+            each = samples[owner]
+            masks = np.split(each.arrays.loss_mask, np.cumsum(each.arrays.lengths)[:-1])
+            predicting = torch.from_numpy(np.flatnonzero(masks[part]) - 1)
+            mine = kept.setdefault(owner, {})
+            mine[part] = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
+            if len(mine) < len(sequences[owner]):
+                continue
+            kept_LE = torch.cat([states for _, states in sorted(kept.pop(owner).items())])
             store.put(each.id, kept_LE, origin=each.origin)
             self._stats.bytes_cached += kept_LE.nbytes
             self._stats.tokens += len(each.arrays)

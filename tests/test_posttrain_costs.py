@@ -20,12 +20,12 @@ def test_rollout_stages_are_totalled_and_sft_lines_are_not():
     assert "distillation" not in costs
 
 
-def test_distillation_is_charged_per_step_and_token_and_its_rollouts_are_not_called_unscored():
+def test_distillation_is_charged_per_step_and_token_and_what_has_no_teacher_is_not():
     lines = [
         {"teacher/bytes_cached": 64.0, "loss_tokens": 8.0, "teacher/teacher_loads": 2.0, "teacher/head_loads": 2.0},
         {"teacher/bytes_cached": 64.0, "loss_tokens": 24.0, "teacher/teacher_loads": 0.0, "teacher/head_loads": 1.0},
     ]
-    common = {"stage": "distill", "generated_tokens": 8.0, "failed_rollouts": 0.0, "unscored": 4.0}
+    common = {"stage": "distill", "generated_tokens": 8.0, "failed_rollouts": 0.0}
     costs = summarise_costs([{**common, **line, "teacher/load_wait_s": 0.5} for line in lines])
     assert costs["rollouts unscored"] == 0.0
     assert costs["distillation"] == {
@@ -34,9 +34,12 @@ def test_distillation_is_charged_per_step_and_token_and_its_rollouts_are_not_cal
         "head loads per step": 1.5,
         "seconds waiting for loads": 1.0,
     }
+    mixed = summarise_costs([{**common, "unscored": 4.0}, {"stage": "distill", "step": 1, "moved": 0.5}])
+    assert mixed["rollouts unscored"] == 4.0
+    assert "distillation" not in mixed
 
 
 def test_what_was_not_measured_is_not_zero():
-    costs = summarise_costs([{"stage": "distill", "step": 1}])
+    costs = summarise_costs([{"stage": "distill", "step": 1, "teacher/bytes_cached": NAN}])
     assert math.isnan(costs["distillation"]["bytes cached per token"])
     assert math.isnan(costs["distillation"]["teacher loads per step"])

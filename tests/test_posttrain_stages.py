@@ -9,8 +9,8 @@ import torch
 
 from posttrain.config import Distill, Optim
 from posttrain.errors import RecipeError
+from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective
 from posttrain.loader import load_recipe
 from posttrain.models import load_model
 from posttrain.pipeline import Stage, _run_stage
@@ -41,20 +41,19 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny_model, tmp_
     library = SwapOnDemand()
     probes = [tiny_chat().encode_prompt([{"role": "user", "content": text}]) for text in ("a", "what is 2 + 2?")]
     teachers = {ITSELF: library.from_checkpoint(tiny_model)}
+    config = Distill(teachers=library, max_steps=1)
     with library.open(teachers, student_path=tiny_model, probes={ITSELF: probes}) as opened:
-        objective = DistillObjective(
-            config=Distill(teachers=library, max_steps=1), states=opened.store, head_of=opened.head
-        )
+        objective = DistillObjective(config=config, states=opened.store, head_of=opened.head, teachers=opened)
         for start, is_itself in ((tiny_model, True), (save_tiny_model(tmp_path / "other", seed=1), False)):
             learner = Learner(
                 load_model(start, torch.float32), optim=Optim(), num_steps=1, tokens_per_micro_batch=64, dtype=dtype
             )
             before = learner.weights(torch.float32)
             if is_itself:
-                check_self_distillation(learner, objective, opened, probes)
+                check_self_distillation(learner, objective, probes)
             else:
                 with pytest.raises(RecipeError, match=r"the student as its own teacher: KL.* = [1-9]\.\d+ nats"):
-                    check_self_distillation(learner, objective, opened, probes)
+                    check_self_distillation(learner, objective, probes)
             assert all(torch.equal(tensor, before[name]) for name, tensor in learner.weights(torch.float32).items())
         with pytest.raises(KeyError):
             opened.store.get(f"{ITSELF}-0")

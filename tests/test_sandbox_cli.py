@@ -144,6 +144,13 @@ def test_run_streams_output():
     assert process.returncode == 0
 
 
+def test_run_takes_a_user():
+    program = 'test "$(id -u)" -ge 1009 && echo $USER && cd && pwd'
+    assert run("sh", "-c", program, options=("--user", "alice")).stdout == b"alice\n/work/.home-alice\n"
+    refused = run("true", options=("--user", "root"), check=125)
+    assert b"user = 'root': nothing that runs in a box is root" in refused.stderr
+
+
 def test_run_copies_files(tmp_path):
     (tmp_path / "a:b.txt").write_bytes(b"content")
     done = run("cat", "in/x.txt", options=("--file", f"{tmp_path}/a:b.txt:in/x.txt"))

@@ -25,6 +25,7 @@ from sandbox.conformance import (
     main,
 )
 from sandbox.conformance_agent import AGENT_CHECKS, AGENT_WHOLE
+from sandbox.conformance_users import USER_CHECKS, USER_WHOLE
 from sandbox.container import Container
 from sandbox.function import Function
 from sandbox.gvisor import Gvisor
@@ -140,7 +141,7 @@ def test_any_substrate_is_checked_and_killing_a_box_is_skipped_where_it_cannot_b
     named = {check.__name__ for check in (*CHECKS, *WHOLE, *ATTACKS, *ATTACKS_WHOLE)}
     assert set(table) == {*named, "nothing_is_left"}
     assert table.pop("nothing_is_left").startswith("pass")
-    skipped = (a_lost_box_is_not_a_result, *AGENT_CHECKS, *AGENT_WHOLE)
+    skipped = (a_lost_box_is_not_a_result, *AGENT_CHECKS, *AGENT_WHOLE, *USER_CHECKS, *USER_WHOLE)
     for name in (check.__name__ for check in skipped):
         assert table.pop(name).startswith("skip")
     basic = {check.__name__ for check in (*CHECKS, *WHOLE)}

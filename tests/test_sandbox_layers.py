@@ -99,6 +99,33 @@ def test_names_and_times_survive(folder: Path) -> None:
     assert content(kept.digest) == [(nodes[0], b"abc"), (nodes[1], b"")]
 
 
+def test_only_users_of_the_box_own_what_is_in_a_layer(folder: Path) -> None:
+    nodes = [
+        Node(path="zoe", kind="user"),
+        Node(path="alice", kind="user"),
+        Node(path="d", kind="directory", mode=0o700, owner="alice"),
+        Node(path="l", kind="link", target="d", owner="zoe"),
+        Node(path="x", kind="directory", mode=0o700),
+    ]
+    with Draft() as draft:
+        for node in nodes:
+            draft.add(node)
+        kept = draft.keep()
+    assert [node for node, _ in content(kept.digest)] == nodes
+    packed = member("d", tarfile.DIRTYPE)
+    packed.uname = "alice"
+    assert [node.owner for node, _ in content(put(archive(packed)).digest)] == [""]
+    with Draft() as draft:
+        draft.add(Node(path="alice", kind="user"))
+        alone = draft.keep()
+    assert [node.kind for node, _ in content(alone.digest)] == ["user"]
+    for name, data in (("root/x", b""), ("Alice", b""), ("a", b"1")):
+        bad = member(name)
+        bad.type, bad.size = layers.USER_TYPE, len(data)
+        with pytest.raises(ValueError, match="expected a file"):
+            put(bad.tobuf() + data.ljust(512 * bool(data), b"\0") + bytes(1024))
+
+
 @pytest.mark.parametrize(
     "bad",
     [

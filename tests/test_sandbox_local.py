@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import RecipeError, SandboxUnavailable
+from posttrain.errors import RecipeError, SandboxUnavailable, Unsupported
 from posttrain.types import ExecStatus, SandboxSpec
 from sandbox import agent
 from sandbox.client import check_argv, check_env, check_path
@@ -33,6 +33,8 @@ def test_local_runs_reads_writes_and_times_out() -> None:
             assert (await box.exec(["no-such-program"])).exit_code == 127
             with pytest.raises(ValueError, match="max_bytes=1"):
                 await box.read("a/b", max_bytes=1)
+            with pytest.raises(Unsupported, match="user = 'alice'"):
+                await box.exec("true", user="alice")
 
     asyncio.run(play())
 

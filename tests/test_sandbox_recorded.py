@@ -16,6 +16,7 @@ from posttrain.protocols import Sandbox
 from posttrain.types import ExecResult, ExecStatus, SandboxSpec
 from sandbox.local import LocalUnsafe
 from sandbox.log import Fenced, RecordKind, TrajectoryLog
+from sandbox.process import Process
 from sandbox.recorded import (
     Diverged,
     RecordedSandbox,
@@ -28,6 +29,7 @@ from sandbox.recorded import (
     replay,
     spec_of,
 )
+from tests.boxes import require
 
 LOCAL = LocalUnsafe(i_accept_that_model_written_code_runs_unisolated=True)
 SPEC = SandboxSpec(files={"seed": b"7\n"})
@@ -420,6 +422,34 @@ def test_a_fork_goes_on_from_the_operation_it_was_made_at(tmp_path: Path) -> Non
     assert spec_of(forked) == SPEC
     assert forked.ended
     assert forked.ended.kind is RecordKind.CLOSE
+
+
+def test_a_users_commands_are_repeated_as_that_users(tmp_path: Path) -> None:
+    process = require(Process())
+    log = TrajectoryLog.create(tmp_path / "one", creation(process, SPEC))
+    adds = "umask 077; echo x >> own; cat own; id -u"
+
+    async def play() -> None:
+        async with process.open(SPEC) as box:
+            recorded = RecordedSandbox(Recorder(box, log))
+            await recorded.exec("true", user="zoe")
+            first = await recorded.exec(adds, user="alice")
+            await recorded.exec("id -u")
+            again = RecordedSandbox(Recorder(box, log))
+            await again.exec("true", user="zoe")
+            with pytest.raises(Diverged):
+                await again.exec(adds, user="zoe")
+            assert await again.exec(adds, user="alice") == first
+        assert (await replay(log, process)).ok
+        async with fork_at(log, len(log) - 1, substrate=process, folder=tmp_path / "two") as (fork, report):
+            assert report.ok, report
+            assert (await fork.exec("cat own; id -u", user="alice")).stdout == first.stdout
+            assert not (await fork.exec("cat own")).ok
+
+    asyncio.run(play())
+    requests = [log.record(operation.seq).data["request"] for operation in log.operations]
+    assert [request.get("user") for request in requests] == ["zoe", "alice", None]
+    assert "user" not in requests[2], "a log from before there were users reads the same"
 
 
 def test_normalising_hides_what_varies_and_nothing_else() -> None:

@@ -37,6 +37,16 @@ def use_all(box: Box) -> None:
     assert box.call("print(1 + 1)").stdout == b"2\n"
     with pytest.raises(FileNotFoundError):
         box.read("absent")
+    who = [box.exec("id -u", user=user).stdout for user in ("alice", "bob", "alice")]
+    with box.session(user="alice") as shell, box.spawn("id -u", user="bob") as job:
+        who += [shell.run("id -u").stdout, job.wait().stdout]
+    assert who == [who[0], who[1], who[0], who[0], who[1]]
+    assert len({*who, box.exec("id -u").stdout}) == 3
+    box.exec("rm -r .home-alice", user="alice")
+    box.exec("rm -r .home-bob", user="bob")
+    for name in ("root", "0"):
+        with pytest.raises(ValueError, match=f"user = '{name}'"):
+            box.exec("true", user=name)
     with box.session() as shell:
         shell.run("cd d; X=kept")
         assert shell.run("pwd; echo $X").stdout == b"/work/d\nkept\n"

@@ -1,5 +1,6 @@
 """Exact full-vocabulary divergences computed from hidden states."""
 
-from posttrain.divergence.reverse_kl import reverse_kl, reverse_kl_sum
+from posttrain.divergence.loss import divergence_sum
+from posttrain.divergence.measure import Divergence
 
-__all__ = ["reverse_kl", "reverse_kl_sum"]
+__all__ = ["Divergence", "divergence_sum"]

@@ -3,16 +3,18 @@
 ``update`` makes exactly one optimizer step of one mini-batch. Micro-batches only divide the work: every loss is
 normalised by the totals of the mini-batch, so the step does not depend on the token budget beyond rounding.
 
-Runs in one process on one device, the first GPU if there is one.
+One learner runs in one process on one device, the first GPU if there is one. ``posttrain.learner.group`` has several
+share a mini-batch; the parts of an update it needs are methods of their own: ``accumulate``, ``grad_norm``, ``apply``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import Objective
-from posttrain.learner.packing import PackedBatch, Totals, fill, plan_micro_batches
+from posttrain.learner.objectives import GrpoObjective, Objective, ObjectiveSpec, Prepares, TokenStats
+from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
+from posttrain.learner.tally import Tally, step_metrics
 from posttrain.types import Sample
 
 
@@ -38,13 +41,14 @@ class Learner:
     compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule. A
     micro-batch holds at most ``tokens_per_micro_batch`` tokens, or one longer sample, whose activations are computed
     twice rather than kept.
-    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
+    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise);
+    ``keep_routing`` replays the expert choices that samples bring along (``posttrain.routing``).
 
     Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
     weights that are not float32, and when started in several processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings of their own, all but the first by name
         self,
         model: PreTrainedModel,
         *,
@@ -54,6 +58,7 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         lora: Lora | None = None,
         keep_reference: bool = False,
+        keep_routing: bool = False,
         seed: int = 0,
     ) -> None:
         self._accelerator = Accelerator()
@@ -64,9 +69,19 @@ class Learner:
         self.step = 0
         """Optimizer steps made so far."""
         self._max_grad_norm = optim.max_grad_norm
-        self._budget = tokens_per_micro_batch
-        self._policy = Policy(model.to(self.device), dtype=dtype, lora=lora, keep_reference=keep_reference, seed=seed)
-        self._optimizer = self._accelerator.prepare(_adamw(list(self._policy.trained().values()), optim))
+        self.budget = tokens_per_micro_batch
+        """Tokens per micro-batch."""
+        self._opened: list[tuple[Objective, contextlib.ExitStack]] = []
+        self._to_release: tuple[Prepares, Sequence[Sample]] | None = None
+        self._policy = Policy(
+            model.to(self.device),
+            dtype=dtype,
+            lora=lora,
+            keep_reference=keep_reference,
+            keep_routing=keep_routing,
+            seed=seed,
+        )
+        self._optimizer = self._accelerator.prepare(_adamw(self.parameters(), optim))
         self._scheduler = get_scheduler(
             optim.lr_scheduler_type,
             self._optimizer,
@@ -82,37 +97,131 @@ class Learner:
         naming the samples when loss or gradient is not finite; the weights are then as before.
         """
         started = time.perf_counter()
-        trained = [sample for sample in samples if sample.num_loss_tokens]
-        if not trained:
-            raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
-        plan = plan_micro_batches(trained, self._budget)
-        learning_rate = self._scheduler.get_last_lr()[0]
+        trained = with_loss(samples)
         try:
-            metrics = self._accumulate(plan, objective, Totals.of(samples))
-            grad_norm = self._clip(trained)
-            self._optimizer.step()
+            tally = self.accumulate(trained, objective, Totals.of(samples))
+            grad_norm = self.grad_norm([sample.id for sample in trained])
+            learning_rate = self.apply(grad_norm)
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
-        self._scheduler.step()
-        self.step += 1
-        tokens = sum(len(sample) for sample in trained)
-        return metrics | {
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "tokens": tokens,
-            "loss_tokens": sum(sample.num_loss_tokens for sample in trained),
-            "tokens_per_s": tokens / (time.perf_counter() - started),
-            "micro_batches": len(plan),
-            "packing_fill": fill(plan, self._budget),
-        }
+            self.drop_gradient()
+        seconds = time.perf_counter() - started
+        return step_metrics(
+            tally, grad_norm=grad_norm, learning_rate=learning_rate, budget=self.budget, seconds=seconds
+        )
 
-    @torch.no_grad()
     def evaluate(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
         """The loss and the objective's metrics on one mini-batch, as ``update`` would find them; nothing changes."""
-        return self._accumulate(plan_micro_batches(samples, self._budget), objective, Totals.of(samples))
+        return self.measure(samples, objective, Totals.of(samples)).metrics()
+
+    def open_objective(self, spec: ObjectiveSpec, *, check: bool = True) -> Objective:
+        """The live objective of a specification, open until ``close_objective`` or ``close``.
+
+        ``check`` runs its start-up checks, which may raise ``RecipeError``.
+        """
+        context = contextlib.ExitStack()
+        objective = context.enter_context(spec.open(self.reference, check=check))
+        self._opened.append((objective, context))
+        return objective
+
+    def close_objective(self, objective: Objective) -> None:
+        """Let go of what an opened objective holds, such as teachers."""
+        for each in [each for each in self._opened if each[0] is objective]:
+            self._opened.remove(each)
+            each[1].close()
+
+    def accumulate(
+        self,
+        samples: Sequence[Sample],
+        objective: Objective,
+        totals: Totals,
+        *,
+        before_each: Callable[[], None] = lambda: None,
+    ) -> Tally:
+        """Add the gradient of a share of a mini-batch with these ``totals`` to the parameters; what it adds up to.
+
+        ``before_each`` is called before each micro-batch, and may raise.
+        """
+        plan = plan_micro_batches(samples, self.budget)
+        tally = Tally(
+            micro_batches=len(plan),
+            tokens=sum(len(sample) for sample in samples),
+            loss_tokens=sum(sample.num_loss_tokens for sample in samples),
+        )
+        self._to_release = None
+        if samples and isinstance(objective, Prepares):
+            objective.prepare(samples)
+            self._to_release = objective, samples
+        for members in plan:
+            before_each()
+            tally.add(*self._one_micro_batch(members, objective, totals))
+        if self._to_release is not None:
+            tally.costs = dict(self._to_release[0].costs())
+        return tally
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample], objective: Objective, totals: Totals) -> Tally:
+        """``accumulate`` without gradient."""
+        tally = self.accumulate(samples, objective, totals)
+        self._release()
+        return tally
+
+    def grad_norm(self, sample_ids: Sequence[str]) -> float:
+        """Norm of the gradient. ``FloatingPointError`` naming the samples it comes from when it is not finite."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.step}: the gradient norm is {norm} on samples {list(sample_ids)}; "
+                "the weights were not changed"
+            )
+        return norm
+
+    def apply(self, grad_norm: float) -> float:
+        """One optimizer step with the gradient, clipped; returns the learning rate. ``grad_norm`` is its norm."""
+        learning_rate = self._scheduler.get_last_lr()[0]
+        nn.utils.clip_grads_with_norm_(
+            self.parameters(), self._max_grad_norm, torch.tensor(grad_norm, device=self.device)
+        )
+        self._optimizer.step()
+        self.drop_gradient()
+        self._scheduler.step()
+        self.step += 1
+        self._release()
+        return learning_rate
+
+    def drop_gradient(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in an order that only the model and its adapters decide."""
+        return list(self._policy.trained().values())
+
+    @torch.no_grad()
+    def token_stats(self, samples: Sequence[Sample], objective: Objective) -> dict[str, TokenStats]:
+        """What the policy of this moment says of the samples' loss tokens, by sample id, on the CPU.
+
+        ``TypeError`` for an objective other than GRPO's.
+        """
+        if not isinstance(objective, GrpoObjective):
+            raise TypeError(f"{type(objective).__name__} has no statistics of single tokens; expected a GrpoObjective")
+        found: dict[str, TokenStats] = {}
+        trained = [sample for sample in samples if sample.num_loss_tokens]
+        for members in plan_micro_batches(trained, self.budget):
+            batch = PackedBatch.collate(members).to(self.device)
+            stats = objective.token_stats(self._policy.forward(batch), batch)
+            sizes = [sample.num_loss_tokens for sample in members]
+            rows = zip(stats.logprobs.cpu().split(sizes), stats.entropies.cpu().split(sizes), strict=True)
+            for sample_id, (logprobs, entropies) in zip(batch.sample_ids, rows, strict=True):
+                found[sample_id] = TokenStats(logprobs=logprobs, entropies=entropies)
+        return found
+
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``; checkpoints then hold it."""
+        self._policy.sync_reference(alpha)
 
     def reference(self, batch: PackedBatch) -> HeadInputs:
-        """States and head of the model as it was when this learner was made, without gradient.
+        """States and head of the reference, without gradient: the model as it was when this learner was made, or as
+        it was last synchronised.
 
         Raises ``ValueError`` unless the learner was built with ``keep_reference`` or LoRA.
         """
@@ -155,6 +264,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "rng": rng_state(),
+            "reference": self._policy.moved_reference(),
         }
         return save_checkpoint(root, step=self.step, state=state, caller=caller)
 
@@ -175,27 +285,26 @@ class Learner:
         self._optimizer.load_state_dict(checkpoint.state["optimizer"])
         self._scheduler.load_state_dict(checkpoint.state["scheduler"])
         set_rng_state(checkpoint.state["rng"])
+        self._policy.restore_reference(checkpoint.state.get("reference", {}))
         self.step = checkpoint.step
         return checkpoint.caller
 
     def close(self) -> None:
-        """Free model and optimizer; the learner is then unusable."""
+        """Free model, optimizer and opened objectives; the learner is then unusable. May be called again."""
+        if not hasattr(self, "_policy"):
+            return
+        while self._opened:
+            self._opened.pop()[1].close()
         self._accelerator.free_memory()
         del self._policy, self._optimizer, self._scheduler
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _accumulate(self, plan: Sequence[Sequence[Sample]], objective: Objective, totals: Totals) -> dict[str, float]:
-        """Add up losses over micro-batches, and gradients unless they are off; the loss and the objective's metrics."""
-        sums: dict[str, list[float]] = {}
-        loss_sum = 0.0
-        for members in plan:
-            loss, metrics = self._one_micro_batch(members, objective, totals)
-            loss_sum += loss
-            for name, pair in metrics.items():
-                sums[name] = [a + float(b) for a, b in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
-        means = {name: numerator / denominator for name, (numerator, denominator) in sums.items() if denominator}
-        return {"loss": loss_sum} | means
+    def _release(self) -> None:
+        if self._to_release is not None:
+            objective, samples = self._to_release
+            objective.release(samples)
+        self._to_release = None
 
     def _one_micro_batch(
         self, members: Sequence[Sample], objective: Objective, totals: Totals
@@ -203,7 +312,7 @@ class Learner:
         """One micro-batch's share of loss and gradient. Its arrays and activations are gone on return."""
         batch = PackedBatch.collate(members).to(self.device)
         # The budget is what fits; a single sample beyond it pays in time for the memory it lacks.
-        recompute = torch.is_grad_enabled() and len(batch.token_ids) > self._budget
+        recompute = torch.is_grad_enabled() and len(batch.token_ids) > self.budget
         loss, metrics = objective.loss(self._policy.forward(batch, recompute=recompute), batch, totals)
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
@@ -214,15 +323,13 @@ class Learner:
             self._accelerator.backward(loss)
         return value, metrics
 
-    def _clip(self, samples: Sequence[Sample]) -> float:
-        """Clip the gradient; returns its norm before."""
-        norm = self._accelerator.clip_grad_norm_(list(self._policy.trained().values()), self._max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"step {self.step}: the gradient norm is {norm} on samples {[sample.id for sample in samples]}; "
-                "the weights were not changed"
-            )
-        return norm
+
+def with_loss(samples: Sequence[Sample]) -> list[Sample]:
+    """Those with a token that carries loss. ``ValueError`` when there is none."""
+    trained = [sample for sample in samples if sample.num_loss_tokens]
+    if not trained:
+        raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
+    return trained
 
 
 def _adamw(parameters: list[nn.Parameter], optim: Optim) -> torch.optim.AdamW:

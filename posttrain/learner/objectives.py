@@ -1,29 +1,28 @@
-"""What the learner minimises: GRPO and multi-teacher distillation, as functions of hidden states and a head.
+"""What the learner minimises, as a function of hidden states and a head. GRPO here, OPD in ``distillation``.
 
 An objective sees one packed micro-batch at a time and the totals of the whole mini-batch. It returns the
 micro-batch's share of the loss, so the shares of a mini-batch add up to the same number however it was packed.
 
-Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vocabulary, ``D`` student width,
-``E`` teacher width, ``L`` loss tokens of one sample.
+Shape letter: ``N`` loss tokens of the micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-from posttrain.config import GRPO, Distill
-from posttrain.divergence import reverse_kl_sum
+from posttrain.config import GRPO
 from posttrain.errors import RecipeError
 from posttrain.learner.logprobs import token_logprobs
-from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
+from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss, high_entropy_mask
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
-from posttrain.protocols import StateStore
-from posttrain.types import Sample
+from posttrain.types import Sample, StepStart
 
 ROUNDING = 1e-5
 """Nats by which two float32 computations of one log-probability may differ."""
@@ -40,6 +39,67 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """An objective with work of its own around each mini-batch. A learner among several calls it on its own share."""
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Before the first micro-batch of these samples."""
+        ...
+
+    def release(self, samples: Sequence[Sample]) -> None:
+        """What ``prepare`` made of these samples may go: the step is made. Not called when it failed, so that a run
+        which goes on finds what was made."""
+        ...
+
+    def costs(self) -> Mapping[str, float]:
+        """What was spent since the last call, by metric; summed over learner processes."""
+        ...
+
+
+Reference = Callable[[PackedBatch], HeadInputs]
+"""The model at the start of a stage, such as ``Learner.reference``."""
+
+
+class ObjectiveSpec(Protocol):
+    """A value that pickles, of which every learner process makes the objective it uses."""
+
+    def open(self, reference: Reference, *, check: bool = True) -> contextlib.AbstractContextManager[Objective]:
+        """The live objective, closed with the context. ``check`` runs start-up checks, which one process does for all.
+
+        ``reference`` is that of the process's own learner.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoSpec:
+    """Of a ``GrpoObjective``; fields as there."""
+
+    config: GRPO
+    max_completion_tokens: int
+    temperature: float = 1.0
+
+    @contextlib.contextmanager
+    def open(self, reference: Reference, *, check: bool = True) -> Iterator[GrpoObjective]:
+        yield GrpoObjective(
+            config=self.config,
+            max_completion_tokens=self.max_completion_tokens,
+            temperature=self.temperature,
+            reference=reference if self.config.beta > 0 else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """What a policy says of the loss tokens of one sample, or of a micro-batch: float32, without gradient."""
+
+    logprobs: torch.Tensor
+    """[L]."""
+    entropies: torch.Tensor
+    """[L], in nats."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoObjective:
     """Group relative policy optimisation on the samples' advantages."""
@@ -49,8 +109,8 @@ class GrpoObjective:
     """Generation budget of one sample; dr_grpo's denominator."""
     temperature: float = 1.0
     """Sampling temperature of the rollouts, so that ratios compare like with like."""
-    reference: Callable[[PackedBatch], HeadInputs] | None = None
-    """The model at the start of the stage, such as ``Learner.reference``; needed when ``beta`` is not 0."""
+    reference: Reference | None = None
+    """Needed when ``beta`` is not 0."""
     chunk_tokens: int = 512
     """Loss positions per [tokens x vocabulary] tile."""
 
@@ -61,12 +121,22 @@ class GrpoObjective:
                 "keep_reference=True and pass reference=learner.reference, or set beta to 0"
             )
 
+    @torch.no_grad()
+    def token_stats(self, student: HeadInputs, batch: PackedBatch) -> TokenStats:
+        """What the policy says of a micro-batch's loss tokens."""
+        logprobs, entropies = self._logprobs(student, batch)
+        assert entropies is not None
+        return TokenStats(logprobs=logprobs, entropies=entropies)
+
     def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """GRPO's loss in the variant of ``config``; metrics are those of ``posttrain.learner.losses``."""
         logprobs, entropies = self._logprobs(student, batch)
+        old = self._old_logprobs(batch, logprobs)
         tokens = PolicyTokens(
             logprobs=logprobs,
-            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs),
+            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs if old is None else old),
+            old_logprobs=old,
+            high_entropy=batch.high_entropy,
             advantages=batch.advantages[batch.segment_ids],
             segment=batch.segment_ids,
             num_segments=len(batch.samples),
@@ -79,6 +149,12 @@ class GrpoObjective:
             max_completion_tokens=self.max_completion_tokens,
         )
         return grpo_loss(tokens, self.config, normaliser=normaliser)
+
+    def _old_logprobs(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> torch.Tensor | None:
+        """Those that the ratio is to, where it is not to the engine's."""
+        if self.config.importance_sampling_correction is None or batch.old_logprobs is None:
+            return None
+        return without_rounding(batch.old_logprobs, logprobs_N)
 
     def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.config.beta == 0 or self.reference is None:
@@ -102,6 +178,28 @@ class GrpoObjective:
         )
 
 
+def compares_with_start(config: GRPO) -> bool:
+    """Whether a term compares with the policy at the start of the step, so that samples need their ``start``."""
+    return config.importance_sampling_correction is not None or config.top_entropy_quantile < 1.0
+
+
+def with_start(samples: Sequence[Sample], stats: Mapping[str, TokenStats], config: GRPO) -> list[Sample]:
+    """The samples of a step with what the policy at its start says of them, by sample id (``Learner.token_stats``)."""
+    entropies = [each.entropies.numpy() for each in stats.values()]
+    # Not torch.quantile, which refuses more than 2^24 numbers.
+    threshold = float(np.quantile(np.concatenate(entropies), 1 - config.top_entropy_quantile)) if entropies else 0.0
+    started = []
+    for sample in samples:
+        found = stats.get(sample.id)
+        if found is not None:
+            start = StepStart(
+                logprobs=found.logprobs.numpy(), high_entropy=high_entropy_mask(found.entropies, threshold).numpy()
+            )
+            sample = replace(sample, start=start)
+        started.append(sample)
+    return started
+
+
 def without_rounding(behaviour_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
     """The sampler's log-probabilities, and the learner's own where they differ by no more than float32 rounding.
 
@@ -110,71 +208,3 @@ def without_rounding(behaviour_N: torch.Tensor, logprobs_N: torch.Tensor) -> tor
     """
     own_N = logprobs_N.detach()
     return torch.where((behaviour_N - own_N).abs() <= ROUNDING, own_N, behaviour_N)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillObjective:
-    """Multi-teacher on-policy distillation: the token mean of ``w KL(student || teacher)``, exact over the vocabulary.
-
-    DeepSeek-V4, Eq. 29, with one teacher per sample.
-    """
-
-    config: Distill
-    states: StateStore
-    """Teacher states by sample id: [L, E], one row per loss token, in order."""
-    head_of: Callable[[str], torch.Tensor]
-    """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
-
-    def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
-        """The batch's share of the distillation loss; metrics ``kl`` and ``kl/DOMAIN`` in nats per token, unweighted.
-
-        Raises ``ValueError`` for samples without teacher or with states of another length, and ``FloatingPointError``
-        when the divergence is not finite.
-        """
-        if batch.teacher is None:
-            raise ValueError(f"samples {list(batch.sample_ids)[:3]} name no teacher; distillation needs Sample.teacher")
-        device = student.hidden_ND.device
-        head_VE = self.head_of(batch.teacher).to(device)
-        hidden_NE = torch.cat([self._teacher_states(sample) for sample in batch.samples]).to(device)
-        weight_S = torch.tensor([sample.weight for sample in batch.samples], device=device)
-        loss, kl_N = reverse_kl_sum(
-            student.hidden_ND,
-            student.head_VD,
-            hidden_NE.to(head_VE.dtype),
-            head_VE,
-            weights_N=weight_S[batch.segment_ids] / totals.num_loss_tokens,
-            temperature=self.config.temperature,
-            chunk_tokens=self.config.loss_chunk_tokens,
-        )
-        _require_finite(kl_N, batch)
-        return loss, _kl_metrics(kl_N, batch)
-
-    def _teacher_states(self, sample: Sample) -> torch.Tensor:
-        states_LE = self.states.get(sample.id)
-        if len(states_LE) != sample.num_loss_tokens:
-            raise ValueError(
-                f"sample {sample.id!r}: {len(states_LE)} teacher states for {sample.num_loss_tokens} loss tokens; "
-                "expected one per loss token. Were the states made from the same sample?"
-            )
-        return states_LE
-
-
-def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:
-    bad_N = ~kl_N.isfinite()
-    if not bad_N.any():
-        return
-    samples = [batch.sample_ids[segment] for segment in batch.segment_ids[bad_N].unique().tolist()]
-    raise FloatingPointError(
-        f"the KL to teacher {batch.teacher!r} is not finite at {int(bad_N.sum())} of {len(kl_N)} loss tokens, in "
-        f"samples {samples}; look for non-finite states or weights of the teacher or the student"
-    )
-
-
-def _kl_metrics(kl_N: torch.Tensor, batch: PackedBatch) -> Metrics:
-    metrics: Metrics = {"kl": (kl_N.sum(), torch.tensor(float(len(kl_N))))}
-    domains = [sample.domain for sample in batch.samples]
-    for domain in sorted(set(domains)):
-        of_domain_S = torch.tensor([name == domain for name in domains], device=kl_N.device)
-        kl = kl_N[of_domain_S[batch.segment_ids]]
-        metrics[f"kl/{domain}"] = (kl.sum(), torch.tensor(float(len(kl))))
-    return metrics

@@ -31,9 +31,11 @@ class PackedBatch:
     token_ids: torch.Tensor
     """[T] int64."""
     position_ids: torch.Tensor
-    """[T] int64, restarting at 0 with each sample."""
+    """[T] int64, restarting at 0 with each sequence."""
+    segment_lengths: tuple[int, ...]
+    """Tokens of each sequence, in row order: one of a sample, or several where its rollout began anew."""
     cu_seqlens: torch.Tensor
-    """[S + 1] int32: where each sample starts, then T."""
+    """[sequences + 1] int32: where each sequence starts, then T."""
     loss_positions: torch.Tensor
     """[N] int64: index in the row of the hidden state that predicts each loss token, its predecessor's."""
     targets: torch.Tensor
@@ -48,22 +50,32 @@ class PackedBatch:
     """[K] int64: where sampling was truncated, the tokens it chose from, loss token after loss token; or None."""
     kept_offsets: torch.Tensor | None = None
     """[N + 1] int64: where each loss token's kept ids begin, then K. One without any was drawn from all tokens."""
+    old_logprobs: torch.Tensor | None = None
+    """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
+    high_entropy: torch.Tensor | None = None
+    """[N] bool: ``StepStart.high_entropy``."""
+    routes: torch.Tensor | None = None
+    """[T, layers, experts per token] int16: ``TokenArrays.routes``, where any sample knows some."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
         """Concatenate samples in the given order, on the CPU."""
         starts = [0, *accumulate(len(sample) for sample in samples)]
         arrays = [sample.load() for sample in samples]
+        lengths = [length for each in arrays for length in each.lengths]
         masks = [np.flatnonzero(each.loss_mask) for each in arrays]
         loss_tokens = np.concatenate([start + mask for start, mask in zip(starts, masks, strict=False)])
         token_ids = np.concatenate([each.token_ids for each in arrays])
         logprobs = np.concatenate([each.logprobs for each in arrays])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
+        starts_of = [sample.start for sample in samples if sample.start is not None]
+        started = len(starts_of) == len(samples) > 0
         return cls(
             samples=tuple(samples),
             token_ids=torch.from_numpy(token_ids.astype(np.int64)),
-            position_ids=torch.from_numpy(np.concatenate([np.arange(len(sample)) for sample in samples])),
-            cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+            segment_lengths=tuple(lengths),
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             loss_positions=torch.from_numpy(loss_tokens - 1),
             targets=torch.from_numpy(token_ids[loss_tokens].astype(np.int64)),
             behaviour_logprobs=torch.from_numpy(logprobs[loss_tokens].astype(np.float32)),
@@ -71,16 +83,16 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            routes=_routes(arrays),
+            old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
+            high_entropy=(
+                torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
+            ),
         )
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
         return tuple(sample.id for sample in self.samples)
-
-    @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample, in row order."""
-        return tuple(len(sample) for sample in self.samples)
 
     @property
     def teacher(self) -> str | None:
@@ -98,6 +110,15 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def _routes(arrays: Sequence[TokenArrays]) -> torch.Tensor | None:
+    like = next((each.routes for each in arrays if each.routes is not None), None)
+    if like is None:
+        return None
+    unknown = (np.full((len(each), *like.shape[1:]), -1, np.int16) for each in arrays)
+    rows = [each.routes if each.routes is not None else none for each, none in zip(arrays, unknown, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _kept(
@@ -163,10 +184,36 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
     ]
 
 
-def fill(plan: Sequence[Sequence[Sample]], tokens_per_micro_batch: int) -> float:
-    """Share of the token budgets of a plan that is used; above 1 where samples exceed the budget."""
-    used = sum(len(sample) for micro_batch in plan for sample in micro_batch)
-    return used / (len(plan) * tokens_per_micro_batch)
+def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
+    """Shares of about equally many tokens for learner processes, each with few teachers.
+
+    Teachers are laid out over the ranks by name: a rank keeps its teachers while the mixture stays the same, and all
+    ranks together meet about ``num_ranks - 1`` teachers more than there are. Within a teacher longer samples go first,
+    to the rank with most room. The shares depend on the set of samples, not on their order; with fewer samples than
+    ranks some are empty.
+    """
+    by_teacher: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_teacher.setdefault(sample.teacher or "", []).append(sample)
+    shares: list[list[Sample]] = [[] for _ in range(num_ranks)]
+    room = [sum(map(len, samples)) / num_ranks] * num_ranks
+    for _, mine in sorted(by_teacher.items()):
+        quotas = _quotas(room, sum(map(len, mine)))
+        for sample in sorted(mine, key=lambda sample: (-len(sample), sample.id)):
+            rank = max(quotas, key=lambda rank: (quotas[rank], -rank))
+            quotas[rank] -= len(sample)
+            room[rank] -= len(sample)
+            shares[rank].append(sample)
+    return shares
+
+
+def _quotas(room: Sequence[float], num_tokens: int) -> dict[int, float]:
+    """Which ranks the next ``num_tokens`` fill, the first with room first, and how much of it each."""
+    quotas: dict[int, float] = {}
+    for rank, free in enumerate(room):
+        if free > 0 and num_tokens > sum(quotas.values()):
+            quotas[rank] = min(free, num_tokens - sum(quotas.values()))
+    return quotas or {max(range(len(room)), key=room.__getitem__): num_tokens}
 
 
 def _best_fit_decreasing(samples: Sequence[Sample], budget: int) -> list[tuple[Sample, ...]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from posttrain.config import Lora
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import use_packed_attention
 from posttrain.learner.packing import PackedBatch
+from posttrain.routing import Routers
 
 ADAPTER = "default"
 
@@ -38,13 +39,21 @@ class HeadInputs:
 class Policy:
     """The model, its adapters if any, and a frozen copy of its start weights if wanted.
 
-    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. Raises
-    ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters are
-    not float32.
+    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. ``keep_routing``
+    sends tokens to the experts that they went to in the engine, as far as a batch says which, in the reference, too.
+    Raises ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters
+    are not float32.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, dtype: torch.dtype, lora: Lora | None, keep_reference: bool, seed: int
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        lora: Lora | None,
+        keep_reference: bool,
+        seed: int,
+        keep_routing: bool = False,
     ) -> None:
         _check_master_dtype(model)
         use_packed_attention(model)
@@ -52,6 +61,10 @@ class Policy:
         self.model = model
         self._dtype = dtype
         self._reference = _frozen_copy(model) if keep_reference and lora is None else None
+        self._reference_moved = False
+        self._routers = {
+            id(each): Routers(each) for each in (model, self._reference) if each is not None and keep_routing
+        }
         self._adapted = None if lora is None else _add_adapters(model, lora, seed)
         model.train()
 
@@ -74,6 +87,30 @@ class Policy:
             raise ValueError("this learner kept no reference; build it with keep_reference=True")
         return self._forward(self._reference, batch)
 
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``.
+
+        Raises ``RecipeError`` with adapters, whose reference is the model without them, and ``ValueError`` when no
+        reference was kept.
+        """
+        if self._adapted is not None:
+            raise RecipeError("sync_ref_model with model.lora: expected one of the two; set sync_ref_model to false")
+        reference = self._reference_weights()
+        for name, parameter in self.model.named_parameters():
+            reference[name].mul_(1 - alpha).add_(parameter, alpha=alpha)
+        self._reference_moved = True
+
+    def moved_reference(self) -> dict[str, torch.Tensor]:
+        """The reference's weights, for a checkpoint; empty while they are the start weights."""
+        return dict(self._reference_weights()) if self._reference_moved else {}
+
+    def restore_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put back what ``moved_reference`` gave."""
+        self._reference_moved = bool(weights)
+        for name, tensor in weights.items():
+            self._reference_weights()[name].copy_(tensor)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: all of them, or the adapters'."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -88,7 +125,14 @@ class Policy:
             tensor = parameter.detach()
             yield plain, tensor + deltas[plain] if plain in deltas else tensor
 
+    def _reference_weights(self) -> dict[str, torch.Tensor]:
+        if self._reference is None:
+            raise ValueError("this learner kept no reference; build it with keep_reference=True")
+        return {name: parameter.data for name, parameter in self._reference.named_parameters()}
+
     def _forward(self, model: PreTrainedModel, batch: PackedBatch) -> HeadInputs:
+        if id(model) in self._routers:
+            self._routers[id(model)].replay(batch.routes)
         with self._autocast():
             # The decoder alone: logits of all positions would be the biggest tensor of the step.
             output = model.get_decoder()(

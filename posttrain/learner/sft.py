@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
@@ -30,10 +31,10 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from posttrain.config import SFT, Lora
-from posttrain.conversation.chat import ChatFormat
+from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
 from posttrain.models import load_model, load_tokenizer
-from posttrain.protocols import Demonstration
+from posttrain.protocols import ConversationFormat, Demonstration
 
 IGNORED = -100
 """Label of tokens without loss, as in torch and TRL."""
@@ -78,7 +79,7 @@ def run_sft(
     message, and a chat template that does not end assistant messages with a stop token.
     """
     tokenizer = load_tokenizer(str(model_path))
-    sequences = encode_demonstrations(demonstrations, ChatFormat(tokenizer), config.max_length)
+    sequences = encode_demonstrations(demonstrations, open_format(tokenizer), config.max_length)
     model = load_model(str(model_path), torch.float32)
     checkpoints = output_dir / "checkpoints"
     longest = max(len(sequence["input_ids"]) for sequence in sequences)
@@ -103,7 +104,7 @@ def run_sft(
 
 
 def encode_demonstrations(
-    demonstrations: Sequence[Demonstration], chat: ChatFormat, max_length: int
+    demonstrations: Sequence[Demonstration], chat: ConversationFormat, max_length: int
 ) -> list[dict[str, list[int]]]:
     """Rows of ``input_ids`` and ``labels`` for all demonstrations, checked; errors as in ``run_sft``."""
     if not demonstrations:
@@ -128,28 +129,12 @@ def encode_demonstrations(
     return rows
 
 
-def encode_demonstration(demonstration: Demonstration, chat: ChatFormat) -> list[dict[str, list[int]]]:
-    """One demonstration as ``input_ids`` and ``labels``, the latter -100 outside assistant turns.
-
-    One sequence, unless the template rewrites earlier turns (some drop past reasoning): then the turn that follows
-    starts a new sequence with the context it would really see. Each assistant turn carries loss exactly once. What
-    follows the last one is left out.
-    """
-    stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_ids))
-    sequences: list[dict[str, list[int]]] = []
-    seen = ""
-    for index, message in enumerate(demonstration):
-        if message["role"] != "assistant":
-            continue
-        context = chat.render(demonstration[:index], generation_prompt=True)
-        turn = _turn_text(context, chat.render(demonstration[: index + 1], generation_prompt=False), stops)
-        if not sequences or not context.startswith(seen):
-            sequences.append({"input_ids": [], "labels": []})
-            seen = ""
-        context_ids, turn_ids = chat.encode(context[len(seen) :]).tolist(), chat.encode(turn).tolist()
-        sequences[-1]["input_ids"] += context_ids + turn_ids
-        sequences[-1]["labels"] += [IGNORED] * len(context_ids) + turn_ids
-        seen = context + turn
+def encode_demonstration(demonstration: Demonstration, chat: ConversationFormat) -> list[dict[str, list[int]]]:
+    """One demonstration as ``input_ids`` and ``labels``, the latter -100 outside the assistant turns to imitate."""
+    sequences = [
+        {"input_ids": ids.tolist(), "labels": np.where(mask, ids, IGNORED).tolist()}
+        for ids, mask in chat.encode_demonstration(demonstration)
+    ]
     if not sequences:
         raise RecipeError("it has no assistant message, so there is nothing to imitate; add one or leave it out")
     return sequences
@@ -167,23 +152,6 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
             continue
         return path
     return None
-
-
-def _turn_text(context: str, rendered: str, stops: Sequence[str]) -> str:
-    """What the policy has to write after ``context``, its stop token included."""
-    if not rendered.startswith(context):
-        raise RecipeError(
-            "the chat template does not continue its own generation prompt when an assistant message follows, so the "
-            "tokens to imitate cannot be told apart; fix the template"
-        )
-    turn = rendered[len(context) :]
-    end = max((turn.rfind(stop) + len(stop) for stop in stops if stop in turn), default=0)
-    if end == 0:
-        raise RecipeError(
-            f"the chat template ends an assistant message with {turn[-20:]!r}, without any of the stop tokens {stops}; "
-            "the model would never learn to stop. Fix the template"
-        )
-    return turn[:end]
 
 
 def _training_arguments(config: SFT, checkpoints: Path, *, seed: int, dtype: torch.dtype, longest: int) -> SFTConfig:

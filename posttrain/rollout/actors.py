@@ -57,6 +57,8 @@ class WorkerSpec:
     substrate: Substrate | None
     truncates: bool = False
     """Whether any sampling is truncated, so that engines which have to be told keep what it chose from."""
+    keep_routing: bool = False
+    """Whether engines say which experts tokens go to, where the model has experts."""
     folder: Path | None = None
     """Where journals and finished rollouts are kept; None keeps nothing. Actors on several nodes must all see it."""
 
@@ -74,12 +76,12 @@ class EngineActor:
     def __init__(self, spec: WorkerSpec, index: int, *, awaits_weights: bool) -> None:
         import torch
 
-        from posttrain.conversation.chat import ChatFormat
+        from posttrain.conversation.formats import open_format
         from posttrain.models import load_tokenizer
 
         torch.set_num_threads(spec.workers.threads_per_actor or os.cpu_count() or 1)
         self._spec, self._index = spec, index
-        self._chat = ChatFormat(load_tokenizer(spec.model_path))
+        self._chat = open_format(load_tokenizer(spec.model_path))
         self._engines: dict[bool, Any] = {False: self._new_engine(judge=False)}
         self._loaded = {False: asyncio.Event(), True: asyncio.Event()}
         if not awaits_weights:
@@ -181,6 +183,7 @@ class EngineActor:
             max_batch_size=self._spec.workers.max_batch_size,
             max_batch_tokens=self._spec.workers.max_batch_tokens,
             max_length=self._spec.max_length,
+            keep_routing=self._spec.keep_routing and not judge,
             journal=journal,
         )
 
@@ -299,7 +302,7 @@ class RolloutWorker:
     """Plays jobs with an engine in another actor."""
 
     def __init__(self, spec: WorkerSpec, engine: str) -> None:
-        from posttrain.conversation.chat import ChatFormat
+        from posttrain.conversation.formats import open_format
         from posttrain.models import load_tokenizer
         from posttrain.rollout.player import Player
 
@@ -307,7 +310,7 @@ class RolloutWorker:
         self._player = Player(
             engine=self._engine,
             judge_engine=RemoteEngine(engine, judge=True),
-            chat=ChatFormat(load_tokenizer(spec.model_path)),
+            chat=open_format(load_tokenizer(spec.model_path)),
             substrate=spec.substrate,
             workers=spec.workers,
             outcomes=None if spec.outcomes is None else Outcomes(spec.outcomes),

@@ -11,17 +11,26 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from posttrain.conversation.chat import ChatFormat
 from posttrain.errors import JudgeError, SandboxError
-from posttrain.protocols import Completer, Environment, Episode, KeepsBoxes, Reward, Sandbox, Substrate
+from posttrain.protocols import (
+    Completer,
+    ConversationFormat,
+    Environment,
+    Episode,
+    KeepsBoxes,
+    Reward,
+    Sandbox,
+    Substrate,
+)
 from posttrain.types import (
     FinishReason,
     IntArray,
+    Message,
     Request,
     Rollout,
     Sampling,
@@ -39,7 +48,7 @@ class Policy:
     """What a rollout needs to let a model speak."""
 
     engine: Completer
-    chat: ChatFormat
+    chat: ConversationFormat
     sampling: Sampling
     max_sequence_tokens: int
     seed: int
@@ -127,14 +136,36 @@ class EpisodeClock:
 class _Transcript:
     """What is known of a rollout so far; survives a failure in the middle."""
 
+    prompt: tuple[Message, ...]
     turns: list[Turn] = field(default_factory=list)
     context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Tokens the next turn adds before the policy speaks."""
+    restarts: bool = False
+    """Whether they are a new prompt in place of what came before."""
     stop: StopReason = StopReason.FINISHED
 
     def sequence(self) -> IntArray:
-        said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
+        """What the policy sees next."""
+        said: list[IntArray] = []
+        for turn in self.turns if not self.restarts else ():
+            said = [*([] if turn.restarts else said), turn.context_ids, turn.completion.token_ids]
         return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+    def observe(self, observations: Sequence[Message], chat: ConversationFormat) -> None:
+        """Make the next turn's context of what the world answered."""
+        after = self.messages()
+        self.context_ids, self.restarts = np.zeros(0, np.int32), False
+        remembered = chat.forget(self.sequence(), observations, after=after)
+        self.context_ids = chat.encode_observations(observations, after=after)
+        if remembered is not None:
+            self.context_ids, self.restarts = np.concatenate([remembered, self.context_ids]), True
+
+    def messages(self) -> list[Message]:
+        """The conversation up to what the policy said last."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.text}, *turn.observations]
+        return [*self.prompt, *said[: len(said) - len(self.turns[-1].observations)]]
 
 
 async def run_rollout(
@@ -153,7 +184,7 @@ async def run_rollout(
     on in the box it had.
     """
     started = time.monotonic()
-    transcript = _Transcript()
+    transcript = _Transcript(prompt=task.prompt)
     artifacts: dict[str, bytes] = {}
     error: str | None = None
     try:
@@ -163,6 +194,7 @@ async def run_rollout(
                 box = await stack.enter_async_context(boxes.open(task.sandbox, attempt=attempt))
             starting = environment.start(task, box)
             episode = await starting if inspect.isawaitable(starting) else starting
+            policy = replace(policy, chat=policy.chat.at(task.effort))
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
             while await _play_turn(rollout_id, transcript, policy, episode, clock, max_turns=environment.max_turns):
                 if len(transcript.turns) == environment.max_turns:
@@ -217,16 +249,17 @@ async def _play_turn(
     transcript.turns.append(
         Turn(
             context_ids=transcript.context_ids,
-            completion=completion,
+            completion=completion.after(len(transcript.context_ids)),
             text=text,
             observations=observations or (),
+            restarts=transcript.restarts,
         )
     )
     if cut_off:
         transcript.stop = StopReason.LENGTH
     if observations is None:
         return False
-    transcript.context_ids = policy.chat.encode_observations(observations)
+    transcript.observe(observations, policy.chat)
     return True
 
 

@@ -10,11 +10,11 @@ from typing import Any
 def summarise_costs(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Totals over the rollout stages, and the teacher costs of the distillation per step and per token."""
     played = [line for line in metrics if "generated_tokens" in line]
-    distilled = [line for line in metrics if line["stage"] == "distill"]
+    distilled = [line for line in metrics if "teacher/bytes_cached" in line]
     costs: dict[str, Any] = {
         "generated tokens": _total(played, "generated_tokens"),
         "rollouts that failed": _total(played, "failed_rollouts"),
-        "rollouts unscored": _total([line for line in played if line["stage"] != "distill"], "unscored"),
+        "rollouts unscored": _total(played, "unscored"),
         "engines and workers replaced": _total(played, "engines_replaced") + _total(played, "workers_replaced"),
         "tokens taken up from the journal": _total(played, "resumed_tokens"),
         "rollouts taken up finished": _total(played, "resumed_rollouts"),

@@ -33,7 +33,7 @@ class ModelScores:
     domain: str
     task_ids: tuple[str, ...]
     greedy: Scores
-    """[N, 1], NaN where a rollout could not be scored."""
+    """[N, 1], NaN where a rollout could not be scored; [N, 0] where none was played."""
     sampled: Scores
     """[N, S]."""
 

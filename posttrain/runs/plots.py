@@ -44,6 +44,7 @@ class Curve:
 
 CURVES = (
     Curve(name="grpo_reward", kind="grpo", metric="reward", title="Reward during GRPO", label="mean reward"),
+    Curve(name="mixed_reward", kind="distill", metric="reward", title="Reward during mixed RL", label="mean reward"),
     Curve(name="distill_kl", kind="distill", metric="kl", title="KL to the teachers", label="KL, nats per token"),
     Curve(name="grpo_length", kind="grpo", metric="completion_tokens", title="Response length in GRPO", label="tokens"),
     Curve(name="grpo_entropy", kind="grpo", metric="entropy", title="Entropy in GRPO", label="nats per token"),

@@ -72,7 +72,7 @@ def render(rundir: RunDir, report: Mapping[str, Any], svgs: Mapping[str, str], o
 def _sections(rundir: RunDir, report: Mapping[str, Any], svgs: Mapping[str, str], options: Bootstrap) -> str:
     domains = report["domains"]
     curves = {name: svg for name, svg in svgs.items() if name != "scores"}
-    greedy = html.scores_table(domains, "greedy")
+    greedy = html.scores_table([entry for entry in domains if entry["greedy"]["n"]], "greedy")
     tables = html.scores_table(domains) + (html.unscored_note(domains) if domains else "")
     if greedy:
         tables += f"<details><summary>The same with greedy decoding</summary>{greedy}</details>"

@@ -1,7 +1,8 @@
 """Merge: multi-teacher on-policy distillation into one student.
 
 Each step samples rollouts of the student over all domains, lets each domain's teacher read its own samples,
-and moves the student along the exact gradient of KL(student || teacher). No reward takes part.
+and moves the student along the exact gradient of KL(student || teacher). What else ``Distill`` offers is off unless
+asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -10,21 +11,32 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from posttrain.config import Distill, Domain, Recipe
-from posttrain.conversation.chat import ChatFormat
+from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
-from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import DistillObjective
+from posttrain.learner.distillation import DistillSpec
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import Objective
 from posttrain.models import load_tokenizer
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import OpenTeachers, Teacher
+from posttrain.protocols import Teacher
 from posttrain.rollout.arrays import free_groups
-from posttrain.rollout.samples import distill_samples, rollout_metrics
-from posttrain.rollout.stream import GroupStream
+from posttrain.rollout.player import GroupJob
+from posttrain.rollout.samples import (
+    distill_samples,
+    group_advantage_rows,
+    reward_metrics,
+    rollout_metrics,
+    staleness_metrics,
+    without_stale_tokens,
+)
+from posttrain.rollout.stream import Groups
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
-from posttrain.stages.grpo import take_tasks
-from posttrain.stages.session import Session
-from posttrain.types import IntArray, Sample, Task, TokenArrays, Tokens
+from posttrain.stages.domain_scales import DomainScales
+from posttrain.stages.schedule import phases, planned_tasks, scheduled_teachers
+from posttrain.stages.session import Position, Session
+from posttrain.stages.teacher_rollouts import TeacherRollouts
+from posttrain.types import Group, IntArray, Sample, TokenArrays, Tokens
 
 ITSELF = "the student itself"
 """The name of a teacher that is the student's starting point, which is asked nothing but whether they agree."""
@@ -32,44 +44,55 @@ MAX_SELF_KL = 5e-3
 """Nats per token between a model and itself, computed on two paths, one of them perhaps in bfloat16."""
 
 
-def run_distill_stage(session: Session, stage: StageDir, specialists: Mapping[str, str]) -> None:
-    """From the base to ``stage.final``. ``specialists`` maps a domain to its checkpoint."""
-    config = session.recipe.distill
-    assert config is not None
-    weights = {name: domain.weight for name, domain in session.recipe.domains.items()}
+def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkpoints: Mapping[str, str]) -> None:
+    """From the base to ``stage.final``. ``checkpoints``: domain -> specialist, where the teacher is a checkpoint."""
     learner, position = session.open_learner(stage, session.base_path, config)
     first = position.step
-    session.send_policy(learner, version=first)
-    stream = open_stream(session, stage, config, first)
-    teachers = teachers_of(session.recipe.domains, config, specialists)
+    on_policy = config.rollouts_from == "student"
+    if on_policy:
+        session.send_policy(learner, version=first)
+    stream = open_groups(session, stage, config, position, checkpoints)
+    teachers = teachers_of(session.recipe.domains, config, checkpoints)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    states = stage.path / "states"
-    with config.teachers.open(everyone, student_path=session.base_path, probes=probes, folder=states) as opened:
-        objective = DistillObjective(config=config, states=opened.store, head_of=opened.head)
-        if first == 0:
-            check_self_distillation(learner, objective, opened, probes[ITSELF])
-        for step in range(first, config.max_steps):
-            with session.waiting(learner, stage, step, stream):
-                groups = stream.take()
-            with PREEMPTION.postponed():
-                session.check_scored(stage, groups)
-                samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-                opened.cache_states(samples)
-                metrics = rollout_metrics(groups) | session.rollouts.take_counters()
-                metrics["paused_s"] = stream.take_paused_s()
-                metrics |= learner.update(samples, objective) | dict(opened.costs())
-                opened.store.free(sample.id for sample in samples)
-                free_groups(groups)
+    for name, (domain_name, teacher) in scheduled_teachers(config).items():
+        everyone[name], probes[name] = teacher, probes[domain_name]
+    scales = DomainScales.restore(position.kept) if config.rescale_domains else None
+    kept = None if scales is None else scales.state
+    spec = DistillSpec(
+        config=config,
+        teachers=everyone,
+        student_path=session.base_path,
+        probes=probes,
+        folder=stage.path / "states",
+        temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},
+    )
+    objective = learner.open_objective(spec)
+    if first == 0:
+        check_self_distillation(learner, objective, probes[ITSELF])
+    for step in range(first, config.max_steps):
+        with session.waiting(learner, stage, step, stream, kept):
+            groups = stream.take()
+        with PREEMPTION.postponed():
+            session.check_scored(stage, groups)
+            factors = {} if scales is None else scales.factors()
+            samples = samples_of_step(session.recipe, config, groups, step, scale_of=factors)
+            metrics = metrics_of_groups(config, groups, step) | session.rollouts.take_counters()
+            metrics["paused_s"] = stream.take_paused_s()
+            metrics |= learner.update(samples, objective)
+            if scales is not None:
+                metrics |= scales.take(metrics, samples)
+            free_groups(groups)
+            if on_policy:
                 session.send_policy(learner, version=step + 1)
-                log.write_groups(groups, step)
-                session.metrics.log(stage.name, step + 1, metrics)
-                progress.update(step + 1, metrics)
-                if (step + 1) % config.save_steps == 0:
-                    session.save_checkpoint(learner, stage, step + 1, stream)
+            log.write_groups(groups, step)
+            session.metrics.log(stage.name, step + 1, metrics)
+            progress.update(step + 1, metrics)
+            if (step + 1) % config.save_steps == 0:
+                session.save_checkpoint(learner, stage, step + 1, stream, kept)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -90,9 +113,7 @@ def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Map
     return teachers
 
 
-def check_self_distillation(
-    learner: Learner, objective: DistillObjective, opened: OpenTeachers, probes: Sequence[IntArray]
-) -> None:
+def check_self_distillation(learner: AnyLearner, objective: Objective, probes: Sequence[IntArray]) -> None:
     """A student that is its own teacher has nothing to learn; checked on the very path that will train it.
 
     Raises ``RecipeError`` when the KL through cache, head and learner is more than rounding.
@@ -107,10 +128,7 @@ def check_self_distillation(
         )
         for index, probe in enumerate(probes)
     ]
-    opened.cache_states(samples)
     kl = learner.evaluate(samples, objective)["kl"]
-    opened.store.free(sample.id for sample in samples)
-    opened.costs()
     if not kl <= MAX_SELF_KL:
         raise RecipeError(
             f"the student as its own teacher: KL(student || teacher) = {kl:.4g} nats per token in the learner, "
@@ -121,42 +139,77 @@ def check_self_distillation(
 
 def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:
     """A few encoded prompts of a domain, for the start-up checks of its teacher."""
-    chat = ChatFormat(load_tokenizer(session.base_path))
+    chat = open_format(load_tokenizer(session.base_path))
     tasks = itertools.islice(domain.tasks.train(seed=session.recipe.seed), count)
-    return [chat.encode_prompt(task.prompt) for task in tasks]
+    return [chat.at(task.effort).encode_prompt(task.prompt) for task in tasks]
 
 
-def shares(domains: Mapping[str, Domain], total: int) -> dict[str, int]:
-    """Rollouts per domain and step, by largest remainder; every domain gets at least one."""
-    whole = sum(domain.share for domain in domains.values())
-    exact = {name: total * domain.share / whole for name, domain in domains.items()}
-    given = {name: max(1, int(value)) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: given[name] - exact[name])
-    for name in itertools.islice(itertools.cycle(by_remainder), max(0, total - sum(given.values()))):
-        given[name] += 1
-    return given
+def jobs_of_steps(
+    session: Session, stage: StageDir, config: Distill, position: Position
+) -> Iterator[list[tuple[int, GroupJob]]]:
+    """Per step, from the position's on, its numbered jobs, before which come those that were under way there."""
+    per_step = rollout_groups_per_step(session.recipe, config)
+    begun = position.step * per_step + len(position.pending)
+    for step, tasks in enumerate(planned_tasks(session.recipe, config)):
+        numbered = enumerate(tasks, step * per_step)
+        jobs = [
+            (
+                number,
+                session.job(
+                    f"{stage.name}/{step}/{number - step * per_step}",
+                    task,
+                    num_rollouts=config.num_generations,
+                    scored=config.reward_coef > 0,
+                    route=route,
+                ),
+            )
+            for number, (task, route) in numbered
+            if number >= begun or number in position.pending
+        ]
+        if step >= position.step or jobs:
+            yield jobs
 
 
-def interleave(recipe: Recipe, config: Distill, *, skip_steps: int) -> Iterator[list[Task]]:
-    """Per step, tasks of all domains in turn, so that no stretch of a batch belongs to one teacher."""
-    per_step = shares(recipe.domains, config.rollouts_per_step)
-    # Another seed than the specialists' stages: the student need not see the very tasks they were trained on.
-    sources = {
-        name: take_tasks(domain, recipe.seed + 1, skip=skip_steps * per_step[name])
-        for name, domain in recipe.domains.items()
-    }
-    while True:
-        drawn = [list(itertools.islice(sources[name], count)) for name, count in per_step.items()]
-        yield [task for row in itertools.zip_longest(*drawn) for task in row if task is not None]
+def rollout_groups_per_step(recipe: Recipe, config: Distill) -> int:
+    return sum(phases(recipe.domains, config)[0].num_tasks.values())
 
 
-def open_stream(session: Session, stage: StageDir, config: Distill, first: int) -> GroupStream:
-    """One rollout of each task of each step, from step ``first`` on."""
-    steps = interleave(session.recipe, config, skip_steps=first)
-    per_step = sum(shares(session.recipe.domains, config.rollouts_per_step).values())
-    jobs = (
-        (step * per_step + i, session.job(f"{stage.name}/{step}/{i}", task, num_rollouts=1, scored=False))
-        for step, tasks in enumerate(steps, first)
-        for i, task in enumerate(tasks)
+def open_groups(
+    session: Session, stage: StageDir, config: Distill, position: Position, checkpoints: Mapping[str, str]
+) -> Groups:
+    """The rollouts of each step from the position's on, by whoever plays them."""
+    steps = jobs_of_steps(session, stage, config, position)
+    per_step = rollout_groups_per_step(session.recipe, config)
+    if config.rollouts_from == "student":
+        return session.open_stream(itertools.chain.from_iterable(steps), per_step, config.max_staleness)
+    return TeacherRollouts(
+        session=session,
+        checkpoints=checkpoints,
+        steps=steps,
+        groups_per_step=per_step,
+        next_step=position.step,
+        steps_per_block=config.save_steps,
     )
-    return session.open_stream(jobs, per_step, max_staleness=0)
+
+
+def samples_of_step(
+    recipe: Recipe, config: Distill, groups: Sequence[Group], step: int, *, scale_of: Mapping[str, float]
+) -> list[Sample]:
+    """What a step learns from: no tokens more than ``max_staleness`` steps old, no samples without any."""
+    advantages = None
+    if config.reward_coef > 0:
+        advantages = group_advantage_rows(groups, config, min_group_size=recipe.workers.min_group_size)
+    samples = distill_samples(groups, advantages, scale_of=scale_of)
+    if config.rollouts_from == "student":
+        samples = without_stale_tokens(samples, oldest=step - config.max_staleness)
+    return [sample for sample in samples if sample.num_loss_tokens]
+
+
+def metrics_of_groups(config: Distill, groups: Sequence[Group], step: int) -> dict[str, float]:
+    """What a step's rollouts looked like; what they earned and how old they are where that plays a part."""
+    metrics = rollout_metrics(groups)
+    if config.reward_coef > 0:
+        metrics |= reward_metrics(groups)
+    if config.max_staleness > 0:
+        metrics |= staleness_metrics(groups, step, oldest=step - config.max_staleness)
+    return metrics

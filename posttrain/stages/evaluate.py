@@ -76,7 +76,7 @@ def run_evaluate_stage(session: Session, stage: StageDir, entrants: Sequence[Con
 
 
 def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[Group]]:
-    """One contestant on the held-out tasks of one domain: one greedy rollout and several sampled ones a task."""
+    """One contestant on the held-out tasks of one domain: several sampled rollouts a task, and a greedy one."""
     settings = session.recipe.evaluation
     tasks = session.recipe.domains[entrant.domain].tasks.heldout(count=settings.num_tasks)
     if len(tasks) < settings.num_tasks:
@@ -87,7 +87,8 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
     # The ids leave out the contestant, so that all draw with the same random numbers: a paired comparison.
     job = functools.partial(session.job, player=entrant.model)
     prefix = f"evaluate/{entrant.domain}"
-    greedy = [job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(tasks)]
+    played_greedily = tasks if settings.greedy else ()
+    greedy = [job(f"{prefix}/{i}/greedy", t, num_rollouts=1, greedy=True) for i, t in enumerate(played_greedily)]
     sampled = [job(f"{prefix}/{i}", t, num_rollouts=settings.num_samples) for i, t in enumerate(tasks)]
     groups = session.rollouts.play(greedy + sampled)
     free_groups(groups)
@@ -95,8 +96,8 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
         domain=entrant.domain,
         model=entrant.model,
         task_ids=tuple(task.id for task in tasks),
-        greedy=_matrix(groups[: len(tasks)]),
-        sampled=_matrix(groups[len(tasks) :]),
+        greedy=_matrix(groups[: len(greedy)]) if greedy else np.empty((len(tasks), 0)),
+        sampled=_matrix(groups[len(greedy) :]),
     )
     return scores, groups
 

@@ -1,4 +1,5 @@
-"""Reinforce: GRPO of one specialist. Sample groups, score them, take a step, send the new weights.
+"""Reinforce: GRPO of one specialist, or of one student on all domains. Sample groups, score them, take a step, send
+the new weights.
 
 With ``num_iterations`` and ``minibatches_per_step`` of 1 every step is on-policy; the loss uses the engine's own
 log-probabilities, so what differs between engine and learner is corrected rather than assumed away.
@@ -9,11 +10,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.config import GRPO, Domain
-from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import GrpoObjective
+from posttrain.config import GRPO, Domain, Recipe
+from posttrain.learner.group import AnyLearner
+from posttrain.learner.objectives import GrpoSpec, Objective, compares_with_start, with_start
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
@@ -21,6 +23,8 @@ from posttrain.rollout.samples import (
     group_advantage_rows,
     group_metrics,
     grpo_samples,
+    mixture_metrics,
+    rollout_metrics,
     staleness_metrics,
     without_stale_tokens,
 )
@@ -28,6 +32,8 @@ from posttrain.rollout.stream import GroupStream
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.judging import NO_JUDGING, Judging
+from posttrain.stages.mixture import interleave, shares
+from posttrain.stages.refill import Refills, refill_metrics, without_useless
 from posttrain.stages.reward_files import RewardFiles
 from posttrain.stages.session import Position, Session
 from posttrain.types import Sample, Task
@@ -36,28 +42,55 @@ COUNTS = ("tokens", "loss_tokens", "micro_batches")
 """Metrics of an optimizer step that are counted, not averaged."""
 
 
-def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: str) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What one run of GRPO learns from."""
+
+    config: GRPO
+    domains: Mapping[str, Domain]
+    """One, or several in a mixture: all sampled at one temperature."""
+    seed: int
+    """Of the order of tasks."""
+    judge_training: str | None = None
+    """The domain whose judge prompts are among the generate prompts."""
+
+    @classmethod
+    def specialist(cls, recipe: Recipe, name: str) -> Training:
+        """That of a domain's own specialist."""
+        domain = recipe.domains[name]
+        assert domain.grpo is not None
+        judge_training = name if domain.judge_training is not None else None
+        return cls(config=domain.grpo, domains={name: domain}, seed=recipe.seed, judge_training=judge_training)
+
+    @property
+    def per_step(self) -> dict[str, int]:
+        """Generate prompts of a step, by domain."""
+        return shares(self.domains, self.config.groups_per_step)
+
+
+def run_grpo_stage(session: Session, stage: StageDir, training: Training, start: str) -> None:
     """From ``start`` to ``stage.final``; continues from the newest checkpoint after a kill."""
-    domain = session.recipe.domains[domain_name]
-    assert domain.grpo is not None
-    config = domain.grpo
+    config = training.config
     learner, position = session.open_learner(stage, start, config)
     first = position.step
-    judging = Judging(session, stage, domain_name, position.judging) if domain.judge_training is not None else None
-    objective = GrpoObjective(
+    judge_domain = training.judge_training
+    judging = Judging(session, stage, judge_domain, position.kept) if judge_domain is not None else None
+    spec = GrpoSpec(
         config=config,
-        max_completion_tokens=_max_completion_tokens(domain),
-        temperature=domain.sampling.temperature,
-        reference=learner.reference if config.beta > 0 else None,
+        max_completion_tokens=max(map(_max_completion_tokens, training.domains.values())),
+        temperature=next(iter(training.domains.values())).sampling.temperature,
     )
+    objective = learner.open_objective(spec)
     session.send_policy(learner, version=first)
-    stream = open_stream(session, stage, domain, position, judging)
-    asks_policy = session.judged_by_policy(domain_name) or (judging is not None and judging.asks_policy)
+    stream = open_stream(session, stage, training, position, judging)
+    refills = _refills(session, training, position)
+    asks_policy = any(map(session.judged_by_policy, training.domains)) or (judging is not None and judging.asks_policy)
     judge = JudgeSnapshots(session, learner, folder=stage.judges) if asks_policy else None
     if judge is not None:
         judge.restore(first, start)
-    files = RewardFiles(session, stage, domain_name)
-    files.restore(first)
+    files = [RewardFiles(session, stage, name) for name in training.domains]
+    for reward_files in files:
+        reward_files.restore(first)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     state = judging.state if judging is not None else None
@@ -67,22 +100,29 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     for step in range(first, config.max_steps):
         if judge is not None:
             judge.refresh(step)
-        reloaded = files.refresh(step)
+        reloaded = {name: value for reward_files in files for name, value in reward_files.refresh(step).items()}
         with session.waiting(learner, stage, step, stream, state):
-            groups = stream.take()
+            before = stream.refilled.total()
+            groups = stream.take(refills.of_step(f"{stage.name}/{step}"))
+            refilled = stream.refilled.total() - before
         with PREEMPTION.postponed():
             session.check_scored(stage, groups)
             generated, judged = (groups, NO_JUDGING) if judging is None else judging.settle(groups, step, stream)
             advantages = group_advantage_rows(generated, config, min_group_size=session.recipe.workers.min_group_size)
+            if config.max_refills:
+                advantages = without_useless(generated, advantages)
             groups, advantages = [*generated, *judged.groups], [*advantages, *judged.advantages]
             oldest = step - config.max_staleness
-            metrics = group_metrics(generated) | staleness_metrics(groups, step, oldest=oldest)
+            asked = generated[: len(generated) - refilled]
+            metrics = group_metrics(asked) if len(training.domains) == 1 else mixture_metrics(asked)
+            if config.max_refills:
+                metrics |= rollout_metrics(generated) | refill_metrics(generated, refilled=refilled)
+            metrics |= staleness_metrics(groups, step, oldest=oldest)
             metrics |= reloaded | judged.metrics
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"
-            updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
-            metrics |= merge_updates(updates)
+            metrics |= learn(learner, objective, samples, config, seed=order)
             free_groups(groups)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step, advantages=advantages)
@@ -96,54 +136,68 @@ def run_grpo_stage(session: Session, stage: StageDir, domain_name: str, start: s
     learner.close()
 
 
-def take_tasks(domain: Domain, seed: int, *, skip: int) -> Iterator[Task]:
-    """Training tasks from where the last checkpoint left off; a finite source is gone through again."""
-
-    def endless() -> Iterator[Task]:
-        for epoch in itertools.count():
-            empty = True
-            for task in domain.tasks.train(seed=seed + epoch):
-                empty = False
-                yield task
-            if empty:
-                raise ValueError("the task source has no training tasks")
-
-    return itertools.islice(endless(), skip, None)
-
-
 def open_stream(
-    session: Session, stage: StageDir, domain: Domain, position: Position, judging: Judging | None = None
+    session: Session, stage: StageDir, training: Training, position: Position, judging: Judging | None = None
 ) -> GroupStream:
     """The stage's groups from where its checkpoint left off, those that were under way then before all others.
 
     A step's generate prompts come first, the same ones and under the same ids with judge prompts and without.
     """
-    assert domain.grpo is not None
-    config = domain.grpo
-    judged = domain.judge_training.groups_per_step if judging is not None and domain.judge_training is not None else 0
-    per_step = config.groups_per_step + judged
+    config = training.config
+    generated = sum(training.per_step.values())
+    per_step = generated + (judging.groups_per_step if judging is not None else 0)
     begun = position.step * per_step + len(position.pending)
 
     def jobs() -> Iterator[tuple[int, GroupJob]]:
-        tasks = take_tasks(domain, session.recipe.seed, skip=0)
+        steps = interleave(training.domains, training.per_step, training.seed, skip_steps=0)
+        tasks = itertools.chain.from_iterable(steps)
         # Exactly as many as the stage will learn from, so that none is under way when it ends.
         for number in range(config.max_steps * per_step):
             step, index = divmod(number, per_step)
-            task = next(tasks) if index < config.groups_per_step else None
+            task = next(tasks) if index < generated else None
             if number < begun and number not in position.pending:
                 continue
             if task is not None:
                 job_id = f"{stage.name}/{step}/{index}"
                 yield number, session.job(job_id, task, num_rollouts=config.num_generations)
             elif judging is not None:
-                yield number, judging.job(number, f"{stage.name}/{step}/judge-{index - config.groups_per_step}")
+                yield number, judging.job(number, f"{stage.name}/{step}/judge-{index - generated}")
 
-    return session.open_stream(jobs(), per_step, config.max_staleness)
+    stream = session.open_stream(jobs(), per_step, config.max_staleness)
+    stream.refilled.update(position.refilled)
+    return stream
+
+
+def _refills(session: Session, training: Training, position: Position) -> Refills:
+    """What the stage plays in place of groups that teach nothing, from where its checkpoint left off."""
+    config = training.config
+    behind = {
+        name: config.max_steps * count + position.refilled.get(name, 0) for name, count in training.per_step.items()
+    }
+
+    def job(job_id: str, task: Task) -> GroupJob:
+        return session.job(job_id, task, num_rollouts=config.num_generations)
+
+    return Refills(training.domains, seed=training.seed, behind=behind, job=job, max_refills=config.max_refills)
 
 
 def _max_completion_tokens(domain: Domain) -> int:
     generated = domain.sampling.max_tokens * domain.environment.max_turns
     return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
+
+
+def learn(
+    learner: AnyLearner, objective: Objective, samples: Sequence[Sample], config: GRPO, *, seed: str
+) -> dict[str, float]:
+    """All optimizer steps of one rollout batch, and its metrics."""
+    if compares_with_start(config):
+        samples = with_start(samples, learner.token_stats(samples, objective), config)
+    updates = []
+    for minibatch in minibatches(samples, config, seed=seed):
+        updates.append(learner.update(minibatch, objective))
+        if config.sync_ref_model and learner.step % config.ref_model_sync_steps == 0:
+            learner.sync_reference(config.ref_model_mixup_alpha)
+    return merge_updates(updates)
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:
@@ -177,7 +231,7 @@ def merge_updates(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class JudgeSnapshots:
     """The lagged policy snapshot that judges, kept on disk so that a resumed run has the same judge."""
 
-    def __init__(self, session: Session, learner: Learner, *, folder: Path) -> None:
+    def __init__(self, session: Session, learner: AnyLearner, *, folder: Path) -> None:
         self._session, self._learner, self._folder = session, learner, folder
 
     def restore(self, step: int, start: str) -> None:

@@ -76,6 +76,11 @@ class Judging:
             self._restore(saved)
 
     @property
+    def groups_per_step(self) -> int:
+        """Judge prompts of a step."""
+        return self._config.groups_per_step
+
+    @property
     def asks_policy(self) -> bool:
         """Whether the reward of a judge reply asks the policy in its turn."""
         return asks_policy(self._config.reward)
@@ -284,7 +289,14 @@ def judge_task(data: Mapping[str, Any]) -> JudgeTask:
 
 def _task(data: Mapping[str, Any]) -> Task:
     prompt: tuple[Message, ...] = tuple(data["prompt"])
-    return Task(id=data["id"], domain=data["domain"], prompt=prompt, answer=data["answer"], info=data["info"])
+    return Task(
+        id=data["id"],
+        domain=data["domain"],
+        prompt=prompt,
+        answer=data["answer"],
+        info=data["info"],
+        effort=data.get("effort"),
+    )
 
 
 def credit_both_orders(group: Group) -> Group:

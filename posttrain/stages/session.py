@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,17 +14,17 @@ from posttrain.config import GRPO, Distill, Recipe
 from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
-from posttrain.learner.learner import Learner
-from posttrain.models import compute_dtype, context_window, load_model, load_tokenizer, resolve_path
+from posttrain.learner.group import AnyLearner, LearnerSpec, open_learner
+from posttrain.models import base_path, compute_dtype, context_window, load_model, load_tokenizer
 from posttrain.preemption import PREEMPTION
 from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
 from posttrain.rollout.player import GroupJob, Play
-from posttrain.rollout.stream import GroupStream
+from posttrain.rollout.stream import Groups, GroupStream
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Group, Sampling, ScoreStatus, Task
+from posttrain.types import Group, Route, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,10 @@ class Position:
     step: int
     pending: tuple[int, ...] = ()
     """Numbers of the jobs that were started before and not learned from."""
-    judging: Mapping[str, Any] | None = None
-    """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+    kept: Mapping[str, Any] | None = None
+    """What else the stage kept, such as the judge prompts that are trained on."""
+    refilled: Mapping[str, int] = field(default_factory=dict)
+    """``GroupStream.refilled``."""
 
 
 StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -70,7 +72,7 @@ class Session:
 
     @cached_property
     def base_path(self) -> str:
-        return resolve_path(self.recipe.model.path)
+        return base_path(self.recipe.model.path, self.recipe.model.chat)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -99,10 +101,19 @@ class Session:
         spec = WorkerSpec(
             model_path=self.base_path,
             dtype=str(self.dtype).removeprefix("torch."),
-            max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
+            max_length=max(
+                domain.window_at(effort)
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             workers=self.recipe.workers,
             substrate=substrate,
-            truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            truncates=any(
+                domain.sampling_at(effort).truncates
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
+            keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -113,7 +124,7 @@ class Session:
         send = self.rollouts.load_judge_weights if judge else self.rollouts.load_weights
         send(weights, version)
 
-    def send_policy(self, learner: Learner, *, version: int) -> None:
+    def send_policy(self, learner: AnyLearner, *, version: int) -> None:
         """Give the workers the learner's weights of this moment."""
         self.rollouts.load_weights(export_weights(learner.weights(self.dtype).items(), self.dtype), version)
 
@@ -126,17 +137,26 @@ class Session:
         scored: bool = True,
         greedy: bool = False,
         player: str = "",
+        route: Route | None = None,
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
+        mode, sampling = domain.efforts.get(task.effort or ""), domain.sampling_at(task.effort)
         play = Play(
             environment=domain.environment,
             reward=self.reward(task.domain) if scored else None,
-            sampling=_greedy(domain.sampling) if greedy else domain.sampling,
-            max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
+            sampling=_greedy(sampling) if greedy else sampling,
+            max_sequence_tokens=min(domain.window_at(task.effort), self.window),
+            length_penalty=None if mode is None or not scored else mode.length_penalty,
         )
         return GroupJob(
-            id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
+            id=job_id,
+            task=task,
+            num_rollouts=num_rollouts,
+            play=play,
+            seed=self.recipe.seed,
+            player=player,
+            route=route,
         )
 
     def reward(self, domain: str) -> Reward | GroupReward:
@@ -188,30 +208,32 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: Learner, stage: StageDir, next_step: int, stream: GroupStream, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
-        if judging is not None:
-            place["judging"] = judging(pending)
+        if state is not None:
+            place["kept"] = state(pending)
+        if isinstance(stream, GroupStream):
+            place["refilled"] = dict(stream.refilled)
         learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: Learner, stage: StageDir, step: int, stream: GroupStream, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
             PREEMPTION.check()
             yield
         except Preempted:
-            self.save_checkpoint(learner, stage, step, stream, judging)
+            self.save_checkpoint(learner, stage, step, stream, state)
             raise
 
-    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[Learner, Position]:
+    def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[AnyLearner, Position]:
         """A learner at ``start`` and step 0, or as the stage's newest checkpoint left it and where it goes on.
 
         What was logged after that checkpoint is forgotten, so that the record equals an uninterrupted run's.
@@ -219,19 +241,27 @@ class Session:
         import torch
 
         updates = config.num_iterations * config.minibatches_per_step if isinstance(config, GRPO) else 1
-        learner = Learner(
-            load_model(start, torch.float32),
+        spec = LearnerSpec(
+            load_model=partial(load_model, start, torch.float32),
             optim=config.optim,
             num_steps=config.max_steps * updates,
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             dtype=self.dtype,
             lora=self.recipe.model.lora,
-            keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            keep_reference=config.beta > 0,
+            keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
+        learner = open_learner(spec, self.recipe.workers.num_learners)
+        self._stack.callback(learner.close)
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), judging=saved.get("judging"))
+        position = Position(
+            step=saved["next_step"],
+            pending=tuple(saved["pending"]),
+            kept=saved.get("kept"),
+            refilled=saved.get("refilled", {}),
+        )
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
@@ -245,7 +275,7 @@ class Session:
         else:
             self.run.log_event(EventKind.STAGE_STARTED, stage=stage.name)
 
-    def save_final(self, learner: Learner, directory: Path) -> Path:
+    def save_final(self, learner: AnyLearner, directory: Path) -> Path:
         """A plain checkpoint of the learner's weights, in the compute type."""
         learner.save_final(directory, load_tokenizer(self.base_path))
         return directory
