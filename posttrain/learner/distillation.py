@@ -310,7 +310,7 @@ class DistillSpec:
     """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
     folder: Path | None = None
     temperatures: Mapping[str, float] = field(default_factory=dict)
-    """As of ``DistillObjective``."""
+    """As for ``DistillObjective``."""
 
     @contextlib.contextmanager
     def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
@@ -320,6 +320,7 @@ class DistillSpec:
                 config=self.config,
                 states=opened.store,
                 head_of=opened.head,
+                logit_cap_of=opened.logit_cap,
                 temperatures=self.temperatures,
                 reference=reference if self.config.beta > 0 else None,
                 teachers=opened,
