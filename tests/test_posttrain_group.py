@@ -126,10 +126,14 @@ def test_two_processes_take_the_steps_of_one_and_checkpoints_fit_either(spec, gr
         # A difference in the last bit of a gradient grows in Adam's division by its size.
         assert_same(found, expected, rel=1e-6 if step < 2 else 1e-4)
     assert expected["kl_ref"] > 0
+    ours, theirs = group.token_stats(samples, shared), one.token_stats(samples, alone)
+    assert ours.keys() == theirs.keys() == {sample.id for sample in samples if not sample.silent}
+    for name, stats in theirs.items():
+        torch.testing.assert_close(ours[name].logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
     assert len(set(group.checksums())) == 1
-    ours, theirs = group.weights(torch.float32), one.weights(torch.float32)
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+    weights = group.weights(torch.float32)
+    for name, tensor in one.weights(torch.float32).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
 
     checkpoint = group.save_checkpoint(tmp_path, caller={"next_step": 4})
     assert one.load_checkpoint(checkpoint) == {"next_step": 4}
