@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -66,7 +67,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(checkpoint: str, states: Path, memory_mb: int) -> subprocess.CompletedProcess[str]:
     code = f"from tests.test_teachers_memory import cache; cache({checkpoint!r}, {str(states)!r}, {memory_mb})"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    # Each thread's own heap would take 64 MiB of address space, which the limit counts, for a few KiB of memory.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_it_runs_where_loading_it_whole_is_out_of_memory(checkpoint: str, tmp_path: Path) -> None:
