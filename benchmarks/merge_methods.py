@@ -5,13 +5,16 @@
 
 The specialists are those of a run of the recipe, finished or not. Each method is a run of its own below ``--out``,
 whose evaluation plays the same tasks with the same random numbers; what is finished is not repeated. ``--rates`` gives
-a method several learning rates; the one with the best last fifth of training (reward, or KL to the teachers) is the one
-that is evaluated. Held-out tasks decide nothing. ``results.json``, ``results.md`` and ``kept.png`` go to ``--out``.
+a method several learning rates, or scales where it merges weights. The one with the best last fifth of training
+(reward, or KL to the teachers), or with the best rollouts of training tasks, is evaluated: held-out tasks decide
+nothing.
+``results.json``, ``results.md`` and ``kept.png`` go to ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -19,10 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,9 +50,9 @@ from teachers.sources import HFTeacher
 console = Console(width=140)
 OURS = "full_vocabulary"
 GOAL = 0.95
-PROBE = "distance-"
-PROBED = 256
-"""Rollouts, over all domains, on which the student's KL to its teachers is measured; of training tasks."""
+DISTANCE, PLAYED = "distance-", "played-"
+"""Names of the runs that measure a student's KL to its teachers, and its reward, on training tasks."""
+STILL = Optim(learning_rate=1e-12)
 GROUP = 8
 """Rollouts of a task in mixed RL."""
 INK, HIGHLIGHT, PLAIN = "#24292F", "#009E73", "#6E7781"
@@ -64,8 +69,9 @@ class Method:
     """The recipe's ``distill``, from that of the study, a learning rate if one was chosen, and the whole recipe."""
     from_sft: bool = False
     """Starts from the mean of the SFT checkpoints instead of the base."""
-    by_reward: bool = False
-    """A learning rate is judged by training reward, else by the KL to the teachers in training."""
+    chosen_by: Literal["kl", "reward", "played"] = "kl"
+    """What chooses among learning rates: the KL to the teachers or the reward in training; among the scales of weights
+    that are merged, the reward of rollouts of training tasks, played for that."""
 
 
 def distilled(**changes: Any) -> Build:
@@ -108,13 +114,22 @@ METHODS = {
         label="off-policy distillation, forward KL",
         build=distilled(rollouts_from="teachers", divergence="forward_kl"),
     ),
-    "mixed_rl": Method(label="mixed RL", build=mixed_rl, by_reward=True),
+    "mixed_rl": Method(label="mixed RL", build=mixed_rl, chosen_by="reward"),
     "weight_average": Method(label="weight average", build=lambda *_: WeightAverage()),
     "ties": Method(label="TIES", build=lambda *_: Ties()),
+    "task_arithmetic": Method(
+        label="task arithmetic", build=lambda _, scale, __: WeightAverage(scale=scale or 1.0), chosen_by="played"
+    ),
+    "scaled_ties": Method(
+        label="TIES, scaled", build=lambda _, scale, __: Ties(scale=scale or 1.0), chosen_by="played"
+    ),
     "full_vocabulary_from_sft": Method(label="full-vocabulary OPD from SFT mean", build=distilled(), from_sft=True),
-    "mixed_rl_from_sft": Method(label="mixed RL from SFT mean", build=mixed_rl, from_sft=True, by_reward=True),
+    "mixed_rl_from_sft": Method(label="mixed RL from SFT mean", build=mixed_rl, from_sft=True, chosen_by="reward"),
     "long_mixed_rl_from_sft": Method(
-        label="mixed RL from SFT mean, specialists' rollouts too", build=long_mixed_rl, from_sft=True, by_reward=True
+        label="mixed RL from SFT mean, specialists' rollouts too",
+        build=long_mixed_rl,
+        from_sft=True,
+        chosen_by="reward",
     ),
 }
 
@@ -127,6 +142,8 @@ class Study:
     source: RunDir
     out: Path
     rates: Mapping[str, Sequence[float]]
+    probed: int = 256
+    """Rollouts, over all domains, that measure a student on training tasks."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -149,11 +166,15 @@ class Study:
         folder = self.out / "sft_mean"
         if not folder.is_dir():
             base = resolve_path(self.whole.model.path)
-            experts = {name: Checkpoint(str(self._trained(name, "sft"))) for name in self.whole.domains}
-            merge = WeightMerge(base=Checkpoint(base), specialists=experts, weights=dict.fromkeys(experts, 1.0))
-            parameters = load_model(base, compute_dtype("float32", 0)).num_parameters()
-            dtype = compute_dtype(self.whole.model.dtype, parameters)
-            merge.write(folder, WeightAverage(), load_tokenizer(base), dtype)
+            dtype = compute_dtype(self.whole.model.dtype, load_model(base, torch.bfloat16).num_parameters())
+            with contextlib.ExitStack() as stack:
+                paths = {name: self._trained(name, "sft") for name in self.whole.domains}
+                merge = WeightMerge(
+                    base=stack.enter_context(Checkpoint(base)),
+                    specialists={name: stack.enter_context(Checkpoint(str(path))) for name, path in paths.items()},
+                    weights=dict.fromkeys(paths, 1.0),
+                )
+                merge.write(folder, WeightAverage(), load_tokenizer(base), dtype)
         return str(folder)
 
     def reference(self) -> None:
@@ -164,22 +185,31 @@ class Study:
         """Train and measure the student of a method, at the best of its learning rates."""
         for rate in self.rates.get(name, ()):
             self._run(f"{name}-{rate:g}", self._recipe_of(name, rate), stop_before="evaluate")
+            if METHODS[name].chosen_by == "played":
+                self._probe(PLAYED, self.out / f"{name}-{rate:g}", self._still_rl)
         chosen = self.chosen_run(name)
         scores = self.out / "reference" / "stages" / "evaluate" / "scores"
         shutil.copytree(scores, RunDir(chosen).stage("evaluate").path / "scores", dirs_exist_ok=True)
-        self._run(chosen.name, self._recipe_of(name, self._rate_of(name, chosen)))
-        # Before its first update a distillation says how far its student is from the teachers.
-        still = self.distill.optim.replace(learning_rate=1e-12)
-        step = self.distill.replace(max_steps=1, rollouts_per_step=PROBED, optim=still)
-        model = self.recipe.model.replace(path=str(RunDir(chosen).stage("distill").final.resolve()))
-        self._run(f"{PROBE}{chosen.name}", self.recipe.replace(distill=step, model=model), stop_before="evaluate")
+        self._run(chosen.name, self._recipe_of(name, self.rate_of(name, chosen)))
+        step = self.distill.replace(max_steps=1, rollouts_per_step=self.probed, optim=STILL)
+        self._probe(DISTANCE, chosen, step)
 
     def chosen_run(self, name: str) -> Path:
         """The run of a method: the one whose learning rate did best in training."""
         runs = [self.out / f"{name}-{rate:g}" for rate in self.rates.get(name, ())]
         return min(runs, key=lambda run: regret(run, METHODS[name]), default=self.out / name)
 
-    def _rate_of(self, name: str, run: Path) -> float | None:
+    @property
+    def _still_rl(self) -> Value:
+        return MixedRL(grpo=GRPO(max_steps=1, groups_per_step=self.probed // GROUP, num_generations=GROUP, optim=STILL))
+
+    def _probe(self, prefix: str, run: Path, step: Value) -> None:
+        """One step of a stage from a student, for what it measures before its update."""
+        model = self.recipe.model.replace(path=str(RunDir(run).stage("distill").final.resolve()))
+        recipe = self.recipe.replace(distill=step, model=model)
+        self._run(f"{prefix}{run.name}", recipe, stop_before="evaluate")
+
+    def rate_of(self, name: str, run: Path) -> float | None:
         return next((rate for rate in self.rates.get(name, ()) if run.name == f"{name}-{rate:g}"), None)
 
     def _recipe_of(self, name: str, rate: float | None) -> Recipe:
@@ -205,10 +235,10 @@ class Study:
 
 
 def regret(run: Path, method: Method) -> float:
-    """How badly a method did in the last fifth of its training, on training tasks: its KL, or its reward lost."""
-    lines = _distill_lines(run)
+    """How badly a method did on training tasks: its KL, or its reward lost."""
+    lines = _distill_lines(run.with_name(PLAYED + run.name) if method.chosen_by == "played" else run)
     last = lines[-max(1, len(lines) // 5) :]
-    return float(np.mean([-line["reward"] if method.by_reward else line["kl"] for line in last]))
+    return float(np.mean([line["kl"] if method.chosen_by == "kl" else -line["reward"] for line in last]))
 
 
 def _distill_lines(run: Path) -> list[dict[str, Any]]:
@@ -238,11 +268,15 @@ def summarise(study: Study, names: Sequence[str]) -> dict[str, Any]:
                 "method": name,
                 "label": METHODS[name].label,
                 **_costs(run),
+                "chosen": study.rate_of(name, run),
                 "rates": {f"{rate:g}": _trial(study.out / f"{name}-{rate:g}", name) for rate in study.rates[name]}
                 if name in study.rates
                 else {},
                 "domains": {
-                    domain: _standing(models, scores.get(OURS, {}).get(domain), options) | _answers(run, domain)
+                    domain: _standing(models, scores.get(OURS, {}).get(domain), options)
+                    | _answers(run, domain)
+                    | _greedy(run, domain, options)
+                    | {"kl": _distill_lines(run.with_name(DISTANCE + run.name))[0][f"kl/{domain}"]}
                     for domain, models in scores[name].items()
                 },
             }
@@ -257,8 +291,15 @@ def _scores(run: Path) -> dict[str, dict[str, Scores]]:
     return {e.domain: {model: scores.sampled for model, scores in e.models.items()} for e in evaluations}
 
 
+def _greedy(run: Path, domain: str, options: Bootstrap) -> dict[str, Any]:
+    """The kept share with greedy decoding, where that was played."""
+    found = next(e for e in load_evaluations(RunDir(run).stage("evaluate").path) if e.domain == domain)
+    student, specialist, base = (found.models[name].greedy for name in ("student", "specialist", "base"))
+    return {"kept_greedy": _interval(bootstrap_kept(student, specialist, base, options))} if student.size else {}
+
+
 def _trial(run: Path, name: str) -> float:
-    return regret(run, METHODS[name]) * (-1 if METHODS[name].by_reward else 1)
+    return regret(run, METHODS[name]) * (1 if METHODS[name].chosen_by == "kl" else -1)
 
 
 def _standing(models: Mapping[str, Scores], ours: Mapping[str, Scores] | None, options: Bootstrap) -> dict[str, Any]:
@@ -318,21 +359,27 @@ def markdown(results: Mapping[str, Any]) -> str:
         for row in results["methods"]
         if row["method"] != OURS and "over_ours" in row["domains"][domains[0]]
     ]
+    greedy = [
+        [row["label"], *(_percents(row["domains"][d]["kept_greedy"]) for d in domains)]
+        for row in results["methods"]
+        if "kept_greedy" in row["domains"][domains[0]]
+    ]
     costs = [
         [
             row["label"],
             f"{row['tokens_generated']:,.0f}",
             f"{row['tokens_trained']:,.0f}",
             f"{row['seconds']:,.0f}",
-            "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            f"{row['learning_rate'] or row['chosen'] or 1:g}",
             *(f"{row['domains'][d]['tokens_per_answer']:.1f} ({row['domains'][d]['cut_off']:.0%})" for d in domains),
         ]
         for row in results["methods"]
     ]
-    cost_heads = ["method", "tokens generated", "tokens trained on", "seconds", "learning rate"]
+    cost_heads = ["method", "tokens generated", "tokens trained on", "seconds", "learning rate or scale"]
     parts = [
         _table(heads, [kept[index] for index in order]),
         _table(["held-out score", *domains], scores),
+        _table(["kept, greedy decoding", *domains], greedy) if greedy else "",
         _table(["score less that of full-vocabulary OPD", *domains], over) if over else "",
         _table(
             ["KL(student, teacher) on the student's answers, nats a token", *domains],
@@ -379,11 +426,13 @@ def draw_kept(results: Mapping[str, Any]) -> Figure:
                 va="center",
                 color=INK,
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
         axes.set_title(domain, loc="left", color=INK, fontsize=11)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.margins(x=0.16)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
         axes.tick_params(colors=INK, length=0, labelsize=9)
@@ -429,6 +478,8 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="a run directory with finished specialists")
     parser.add_argument("--out", type=Path, help="where the methods' runs go; those there are taken up")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--domains", help="of the recipe, those to merge (default: all)")
+    parser.add_argument("--probed", type=int, default=256, help="rollouts that measure a student on training tasks")
     parser.add_argument("--rates", action="append", default=[], metavar="METHOD=RATE,RATE", help="to choose from")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides")
     parser.add_argument("--quick", action="store_true", help="a form that takes less than 50 s and claims nothing")
@@ -448,7 +499,10 @@ def main() -> None:
     if arguments.run is None or arguments.out is None:
         parser.error("expected a recipe, a run directory and --out, or --quick")
     whole = load_recipe(arguments.recipe, arguments.overrides)
-    study = Study(whole=whole, source=RunDir(arguments.run), out=arguments.out, rates=rates)
+    if arguments.domains:
+        whole = whole.replace(domains={name: whole.domains[name] for name in arguments.domains.split(",")})
+    source = RunDir(arguments.run)
+    study = Study(whole=whole, source=source, out=arguments.out, rates=rates, probed=arguments.probed)
     with ray_session(whole.workers):
         compare(study, names)
 

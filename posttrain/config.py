@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from posttrain.conversation.effort import check_effort
 from posttrain.errors import RecipeError
 from posttrain.protocols import (
     Environment,
@@ -225,6 +226,17 @@ class GRPO(Value):
         return self
 
 
+class Mixture(Value):
+    """What changes in a distillation, by domain; what is not named stays as it was."""
+
+    weights: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """w_i of the objective."""
+    shares: Mapping[str, Annotated[float, Field(ge=0)]] = {}
+    """Relative shares of the rollouts; 0 leaves a domain out."""
+    # Not checked here, as in ``Domain``.
+    teachers: Mapping[str, SkipValidation[Teacher]] = {}
+
+
 class Distill(Value):
     """Multi-teacher on-policy distillation: L = sum_i w_i KL(student || teacher_i), exact over the vocabulary,
     on the student's own rollouts (DeepSeek-V4, Eq. 29)."""
@@ -234,6 +246,12 @@ class Distill(Value):
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
+    num_generations: Positive = 1
+    """Rollouts of one task, which ``reward_coef`` compares; a divisor of ``rollouts_per_step``."""
+    schedule: Mapping[int, Mixture] = {}
+    """Changes of weights, shares and teachers, by the number of steps after which they begin. A rollout keeps the
+    weight and the teacher that held when it was asked for, so that with ``max_staleness`` both mixtures are in one step
+    for a while."""
     loss: Literal["full_vocabulary", "sampled_token", "teacher_top_k"] = "full_vocabulary"
     """``full_vocabulary`` is the exact divergence. The others are what is used elsewhere, to compare with:
     ``sampled_token`` a policy gradient with log pi_T - log pi_theta of the token drawn as its advantage, in the form of
@@ -244,8 +262,10 @@ class Distill(Value):
     advantage_clip: float | None = Field(default=5.0, gt=0)
     """Bound of ``sampled_token``'s advantages, in nats (Kimi K3's R_max, whose value is not public); None for none."""
     importance_bounds: tuple[float, float] = (0.5, 5.0)
-    """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
-    outside of them (MiMo-V2-Flash; the values are IcePop's)."""
+    """``sampled_token`` and ``reward_coef`` weigh a token by pi_theta / mu, mu the engine that drew it, within these
+    bounds and by 0 outside of them (MiMo-V2-Flash; the values are IcePop's). A divergence over the vocabulary asks
+    nothing of the token drawn, but the text before it was drawn by mu: with ``max_staleness`` it is weighed by the
+    product of pi_theta / mu over the tokens before it in the rollout, cut off at these bounds."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
     arXiv 2306.13649). ``sampled_token`` estimates the first only."""
@@ -256,6 +276,20 @@ class Distill(Value):
     reduction: Literal["token", "sequence"] = "token"
     """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
     rollout more weight."""
+    rescale_domains: bool = False
+    """Multiply a domain's loss by clip(sigma_all / sigma_d, 0.25, 4), sigma the standard deviation of
+    log pi_T - log mu over the tokens drawn in all domains and in this one, so that no teacher outweighs the others by
+    the scale of what it says (DN-MOPD, https://github.com/LiXin97/DN-MOPD). A running estimate from the steps before,
+    where DN-MOPD uses the step itself. Costs one more product with the teacher's head."""
+    reward_coef: float = Field(default=0.0, ge=0)
+    """Weight of a policy gradient on the domain's own reward, with the group-relative advantages of GRPO (the alpha of
+    MOPD's outcome reward); 0 plays without scoring. A rollout that cannot be scored is distilled all the same."""
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    """As in ``GRPO``."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the exact KL to the model at the start of the stage."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that rollouts may run ahead of the learner, as in ``GRPO``."""
     rollouts_from: Literal["student", "teachers"] = "student"
     """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
     data: each domain's specialist plays its tasks."""
@@ -276,6 +310,26 @@ class Distill(Value):
         return self
 
     @model_validator(mode="after")
+    def _groups_fill_a_step(self) -> Self:
+        if self.rollouts_per_step % self.num_generations or (self.reward_coef > 0 and self.num_generations < 2):
+            raise RecipeError(
+                f"distill.num_generations = {self.num_generations}, rollouts_per_step = {self.rollouts_per_step}, "
+                f"reward_coef = {self.reward_coef}: expected a divisor of rollouts_per_step, and at least 2 with a "
+                "reward, whose advantages compare the rollouts of a task; change them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_happen(self) -> Self:
+        late = [step for step in self.schedule if not 0 < step < self.max_steps]
+        if late:
+            raise RecipeError(
+                f"distill.schedule has a change after {late[0]} steps: expected 1 to {self.max_steps - 1}, within the "
+                f"stage's max_steps = {self.max_steps}; what holds from the start belongs into the domains"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_token_shows_one_divergence(self) -> Self:
         if self.loss == "sampled_token" and self.divergence != "reverse_kl":
             raise RecipeError(
@@ -286,10 +340,18 @@ class Distill(Value):
 
     @model_validator(mode="after")
     def _samples_its_own_tokens(self) -> Self:
-        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+        asked = {
+            "loss = 'sampled_token'": self.loss == "sampled_token",
+            "reward_coef": self.reward_coef > 0,
+            "max_staleness": self.max_staleness > 0,
+            "rescale_domains": self.rescale_domains,
+            "teachers in its schedule": any(mixture.teachers for mixture in self.schedule.values()),
+        }
+        wanted = [name for name, is_wanted in asked.items() if is_wanted]
+        if wanted and self.rollouts_from == "teachers":
             raise RecipeError(
-                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
-                "whose tokens its advantages are of; change one of the two"
+                f"distill.rollouts_from = 'teachers' with {wanted[0]}: expected rollouts of the student, whose tokens "
+                "it is about; change one of the two"
             )
         return self
 
@@ -404,6 +466,18 @@ class JudgeTraining(Value):
     """The monitor's ``bias`` (mean score less the true share) above which the report warns of a lenient judge."""
 
 
+class Effort(Value):
+    """How one effort mode of a domain is played; what is None is the domain's own."""
+
+    sampling: Sampling | None = None
+    max_sequence_tokens: Positive | None = None
+    """Context window of the mode, prompt and all turns."""
+    length_penalty: Reward | None = None
+    """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
+    share: float = Field(default=1.0, gt=0)
+    """Relative share of the domain's tasks that are played in this mode, in stages that play each task in one."""
+
+
 class Domain(Value):
     """One skill: its tasks, how they are played and scored, and how its specialist is trained."""
 
@@ -424,6 +498,24 @@ class Domain(Value):
     """Relative share of this domain's rollouts in OPD."""
     max_sequence_tokens: Positive = 1024
     """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
+    efforts: Mapping[str, Effort] = {}
+    """How long to think, by mode of ``posttrain.conversation.effort``; empty leaves it to each task."""
+
+    @model_validator(mode="after")
+    def _efforts_are_known(self) -> Self:
+        for effort in self.efforts:
+            check_effort(effort)
+        return self
+
+    def sampling_at(self, effort: str | None) -> Sampling:
+        """How tokens are drawn in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.sampling if mode is None or mode.sampling is None else mode.sampling
+
+    def window_at(self, effort: str | None) -> int:
+        """The window of an episode in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.max_sequence_tokens if mode is None else mode.max_sequence_tokens or self.max_sequence_tokens
 
     @model_validator(mode="after")
     def _one_source_of_skill(self) -> Self:
@@ -456,6 +548,27 @@ class Recipe(Value):
     judge_lag_steps: Positive = 10
     """Age, in learner steps, of the policy snapshot that answers as judge."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _scheduled_domains_exist(self) -> Self:
+        if not isinstance(self.distill, Distill) or not self.distill.schedule:
+            return self
+        shares = {name: domain.share for name, domain in self.domains.items()}
+        for step, mixture in sorted(self.distill.schedule.items()):
+            strangers = ({*mixture.weights} | {*mixture.shares} | {*mixture.teachers}) - {*self.domains}
+            if strangers:
+                raise RecipeError(
+                    f"distill.schedule[{step}] names {min(strangers)!r}; expected domains: {sorted(self.domains)}"
+                )
+            shares |= mixture.shares
+            if not any(shares.values()):
+                raise RecipeError(f"distill.schedule[{step}].shares: all are 0; expected a domain to learn from")
+        if self.distill.rollouts_per_step < len(self.domains) * self.distill.num_generations:
+            raise RecipeError(
+                f"distill.rollouts_per_step = {self.distill.rollouts_per_step} with a schedule: expected room for a "
+                f"group of every domain, {len(self.domains) * self.distill.num_generations}; raise it"
+            )
+        return self
 
     def grpo_settings(self) -> list[GRPO]:
         """Of all stages that train with it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
     base = base_path(recipe.model)
     chat, window = open_format(load_tokenizer(base)), context_window(base)
     _check_lora(recipe)
-    if recipe.workers.engine == "vllm":
-        _check_vllm(recipe, has_experts=has_experts(base))
+    _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_training(name, domain, chat, seed=recipe.seed)
         _check_specialist(recipe, name, domain)
         if isinstance(recipe.distill, Distill):
-            _check_distill(name, domain, recipe.distill)
+            _check_distill(name, domain, recipe.distill, chat)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
         if domain.grpo is not None:
@@ -58,6 +58,13 @@ def _check_lora(recipe: Recipe) -> None:
             "model.fake_quantization is set with model.lora, whose base is not trained: expected one of the two; set "
             "one of them to none"
         )
+
+
+def _check_workers(recipe: Recipe, *, has_experts: bool) -> None:
+    if recipe.workers.engine == "vllm":
+        _check_vllm(recipe, has_experts=has_experts)
+    if recipe.workers.num_learners > 1:
+        _check_learners(recipe)
 
 
 def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
@@ -121,6 +128,23 @@ def _check_mixture(recipe: Recipe) -> None:
         _check_sampling(name, domain, recipe.distill.grpo)
 
 
+def _check_learners(recipe: Recipe) -> None:
+    import torch
+
+    count, devices = recipe.workers.num_learners, torch.cuda.device_count()
+    available, what = (devices, "GPUs") if devices else (len(os.sched_getaffinity(0)), "cores")
+    if count > available:
+        raise RecipeError(
+            f"workers.num_learners = {count} but this machine offers {available} {what}; expected at most one learner "
+            "process for each; lower it"
+        )
+    if isinstance(recipe.distill, Distill) and getattr(recipe.distill.teachers, "states", None) == "ray":
+        raise RecipeError(
+            f"workers.num_learners = {count} and distill.teachers.states = 'ray': only the first learner process is "
+            "connected to Ray; set distill.teachers.states to files"
+        )
+
+
 def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
     """Find now what would otherwise stop the merge, after all specialists were trained."""
     from posttrain.conversation.formats import open_format
@@ -177,10 +201,10 @@ def _judge_prompts(name: str, domain: Domain) -> list[Task]:
 
 
 def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
-    if prompt_tokens >= domain.max_sequence_tokens:
+    if prompt_tokens >= domain.window_at(task.effort):
         raise RecipeError(
             f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
-            f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
+            f"{domain.window_at(task.effort)}, which leaves no room to answer; raise "
             f"domains.{name}.max_sequence_tokens or drop the task"
         )
     if prompt_tokens >= window:
@@ -223,8 +247,22 @@ def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
         )
 
 
-def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+def _check_distill(name: str, domain: Domain, config: Distill, chat: ConversationFormat) -> None:
+    for mixture in config.schedule.values():
+        if name in mixture.teachers:
+            _check_teacher(name, mixture.teachers[name], chat)
+    if config.reward_coef > 0 and asks_policy(domain.reward):
+        raise RecipeError(
+            f"domains.{name}.reward asks the policy itself, with distill.reward_coef = {config.reward_coef}: expected "
+            "a reward with another judge, since a distillation keeps no snapshot that judges; set its judge, or "
+            "reward_coef to 0"
+        )
     temperature = domain.sampling.temperature
+    if temperature == 0 and (config.reward_coef > 0 or config.max_staleness > 0 or config.rescale_domains):
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = 0: expected a temperature > 0 with distill.reward_coef, "
+            "max_staleness or rescale_domains, which need the probabilities tokens were drawn with; set it to 1"
+        )
     if config.loss == "sampled_token" and temperature != config.temperature:
         raise RecipeError(
             f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "

@@ -70,6 +70,11 @@ class ConversationFormat(Protocol):
         before them. ``RecipeError`` where nothing can be appended."""
         ...
 
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> IntArray | None:
+        """The tokens of the conversation ``after`` without what the format drops of it when these messages follow it;
+        None where it drops nothing. A rollout goes on from them as from a new prompt."""
+        ...
+
     def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
         """Token sequences to imitate, each with a mask that is True on what the assistant says, both [T]."""
         ...
@@ -398,7 +403,8 @@ class TeacherModel(Protocol):
         ...
 
     def hidden_states(self, sequences: Sequence[IntArray]) -> Sequence[torch.Tensor]:
-        """The states that enter the head (after the final norm), one [T, D_teacher] tensor per sequence."""
+        """The states that enter the head, one [T, D_teacher] tensor per sequence: after the final norm, and times the
+        teacher's logit scale if it has one."""
         ...
 
     def close(self) -> None:
@@ -493,7 +499,14 @@ class OpenTeachers(Protocol):
         ...
 
     def head(self, name: str) -> torch.Tensor:
-        """The output projection of a teacher, [V, D_teacher]; at most one is on the device."""
+        """The output projection of a teacher, [V, D_teacher]; at most one is on the device.
+
+        Ask in the order of names, and the next one is read meanwhile.
+        """
+        ...
+
+    def logit_cap(self, name: str) -> float | None:
+        """c where a teacher's logits are ``c tanh(head @ state / c)``; None where they are head @ state."""
         ...
 
 

@@ -311,7 +311,8 @@ class Turn:
 
     ``context_ids`` are the tokens added since the previous turn (the whole prompt on the first turn,
     the encoded observations and the generation prompt later), so concatenating context and completion
-    over the turns gives exactly the sequence the policy saw. Text is never re-tokenised.
+    over the turns gives exactly the sequence the policy saw, or several where a turn ``restarts``. Text is never
+    re-tokenised.
     """
 
     context_ids: IntArray
@@ -319,6 +320,9 @@ class Turn:
     text: str
     """The decoded completion without its end-of-turn token."""
     observations: tuple[Message, ...] = ()
+    restarts: bool = False
+    """Whether ``context_ids`` is a whole new prompt in place of all that came before, such as one without the reasoning
+    of earlier turns: then the policy saw nothing but it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +338,9 @@ class TokenArrays:
     """Weight version of each generated token; read only where ``loss_mask`` is True."""
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per token."""
+    starts: IntArray | None = None
+    """Of a rollout that began anew (``Turn.restarts``), where each of its sequences begins, 0 first, shape [sequences];
+    tokens attend within their own. None: it is one sequence."""
     routes: RouteArray | None = None
     """[T, layers, experts per token]: the experts each token went to in a mixture of experts; -1: unknown."""
 
@@ -347,7 +354,10 @@ class TokenArrays:
                     "of the wrong length is never padded, since a shifted one trains on the wrong tokens; "
                     "fix the environment or engine that produced it"
                 )
-        if size and self.loss_mask[0]:
+        starts = np.zeros(1, np.int32) if self.starts is None else self.starts
+        if size and (starts[0] != 0 or np.any(np.diff(starts) < 1) or starts[-1] >= size):
+            raise ValueError(f"TokenArrays.starts = {starts.tolist()} of {size} tokens: expected 0, rising, below that")
+        if size and np.any(self.loss_mask[starts]):
             raise ValueError(
                 "TokenArrays.loss_mask is True at position 0, but the first token has no context to be predicted "
                 "from; give the prompt at least one token"
@@ -355,6 +365,12 @@ class TokenArrays:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        ends = [] if self.starts is None else self.starts[1:].tolist()
+        return np.diff([0, *ends, len(self)]).tolist()
 
     @classmethod
     def unsampled(cls, token_ids: IntArray) -> TokenArrays:
@@ -372,6 +388,8 @@ class TokenArrays:
         parts = {name: getattr(self, name) for name in ("token_ids", "loss_mask", "logprobs", "versions")}
         if self.kept is not None:
             parts |= {"kept_ids": self.kept.ids, "kept_offsets": self.kept.offsets}
+        if self.starts is not None:
+            parts["starts"] = self.starts
         if self.routes is not None:
             parts["routes"] = self.routes
         return parts
@@ -530,6 +548,14 @@ class Rollout:
         return routes
 
     @property
+    def starts(self) -> IntArray | None:
+        """Where the sequences of a rollout begin that began anew; None where it is one."""
+        if not any(turn.restarts for turn in self.turns):
+            return None
+        ends = np.cumsum([0, *(len(t.context_ids) + len(t.completion.token_ids) for t in self.turns)])
+        return np.array([0, *(end for end, t in zip(ends, self.turns, strict=False) if t.restarts)], np.int32)
+
+    @property
     def num_generated(self) -> int:
         return sum(len(t.completion.token_ids) for t in self.turns)
 
@@ -547,6 +573,7 @@ class Rollout:
                 logprobs=self.logprobs,
                 versions=self.versions,
                 kept=self.kept,
+                starts=self.starts,
                 routes=self.routes,
             )
         except ValueError as error:
@@ -648,6 +675,16 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Whom a rollout is distilled from; decided when it is asked for, since both may change while it is played."""
+
+    teacher: str
+    """Name of the teacher."""
+    weight: float = 1.0
+    """Its weight w_i in the OPD objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The rollouts of one task with their scores, index by index."""
 
@@ -655,6 +692,8 @@ class Group:
     rollouts: tuple[AnyRollout, ...]
     """Whole where they were played, light where their group has gone to."""
     scores: tuple[Score, ...]
+    route: Route | None = None
+    """Of a distillation."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.scores):

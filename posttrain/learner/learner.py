@@ -14,7 +14,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ class Learner:
         self.budget = tokens_per_micro_batch
         """Tokens per micro-batch."""
         self._opened: list[tuple[Objective, contextlib.ExitStack]] = []
+        self._to_release: tuple[Prepares, Sequence[Sample]] | None = None
         self._policy = Policy(
             model.to(self.device),
             dtype=dtype,
@@ -151,16 +152,23 @@ class Learner:
             tokens=sum(len(sample) for sample in samples),
             loss_tokens=sum(sample.num_loss_tokens for sample in samples),
         )
-        with _prepared(objective, samples, tally):
-            for members in plan:
-                before_each()
-                tally.add(*self._one_micro_batch(members, objective, totals))
+        self._to_release = None
+        if samples and isinstance(objective, Prepares):
+            objective.prepare(samples)
+            self._to_release = objective, samples
+        for members in plan:
+            before_each()
+            tally.add(*self._one_micro_batch(members, objective, totals))
+        if self._to_release is not None:
+            tally.costs = dict(self._to_release[0].costs())
         return tally
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample], objective: Objective, totals: Totals) -> Tally:
         """``accumulate`` without gradient."""
-        return self.accumulate(samples, objective, totals)
+        tally = self.accumulate(samples, objective, totals)
+        self._release()
+        return tally
 
     def grad_norm(self, sample_ids: Sequence[str]) -> float:
         """Norm of the gradient. ``FloatingPointError`` naming the samples it comes from when it is not finite."""
@@ -185,6 +193,7 @@ class Learner:
         self.drop_gradient()
         self._scheduler.step()
         self.step += 1
+        self._release()
         return learning_rate
 
     def drop_gradient(self) -> None:
@@ -300,6 +309,12 @@ class Learner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _release(self) -> None:
+        if self._to_release is not None:
+            objective, samples = self._to_release
+            objective.release(samples)
+        self._to_release = None
+
     def _one_micro_batch(
         self, members: Sequence[Sample], objective: Objective, totals: Totals
     ) -> tuple[float, Metrics]:
@@ -324,20 +339,6 @@ def with_loss(samples: Sequence[Sample]) -> list[Sample]:
     if not trained:
         raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
     return trained
-
-
-@contextlib.contextmanager
-def _prepared(objective: Objective, samples: Sequence[Sample], tally: Tally) -> Iterator[None]:
-    """Let the objective get ready for samples, and let go of them; what that cost goes into the tally."""
-    if not samples or not isinstance(objective, Prepares):
-        yield
-        return
-    try:
-        objective.prepare(samples)
-        yield
-        tally.costs = dict(objective.costs())
-    finally:
-        objective.release(samples)
 
 
 def _check_single_process(accelerator: Accelerator) -> None:

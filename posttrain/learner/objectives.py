@@ -48,7 +48,8 @@ class Prepares(Protocol):
         ...
 
     def release(self, samples: Sequence[Sample]) -> None:
-        """After the last one, or after a failure: what ``prepare`` made of these samples may go."""
+        """What ``prepare`` made of these samples may go: the step is made. Not called when it failed, so that a run
+        which goes on finds what was made."""
         ...
 
     def costs(self) -> Mapping[str, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from posttrain.conversation.dsml_parser import MalformedTurn, parse_shown
 from posttrain.conversation.tool_calls import parse_tool_call
 from posttrain.protocols import Sandbox, Tools, ToolSession
 from posttrain.rollout.observations import describe
-from posttrain.types import EMPTY, Message, Task
+from posttrain.tally import TALLY
+from posttrain.types import EMPTY, Message, Task, ToolCall
 
 _SHELL_BLOCK = re.compile(r"```bash\n(.*?)\n?```", re.DOTALL)
 
@@ -94,38 +97,69 @@ class ToolUseEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCalling:
-    """The policy calls tools: a turn with a ``tool`` block (``posttrain.conversation.tool_calls``) runs the call.
+    """The policy calls tools, and each call is answered by a message.
+
+    ``fence``: a turn with a ``tool`` block (``posttrain.conversation.tool_calls``) runs that call. ``dsml``: all calls
+    of a turn run, in their order, and are answered in it (``posttrain.conversation.dsml_parser``); what can be meant in
+    one way only is mended and counted as ``repaired/WHAT``. Calls that cannot be read are the policy's mistake, which
+    comes back to it as their answer and is counted as ``malformed/RULE``; none of their turn runs.
 
     The episode ends when the policy submits, or with a turn that calls nothing. Only what it submitted is kept.
     """
 
     tools: Tools
     max_turns: int = 30
+    form: Literal["fence", "dsml"] = "fence"
 
     def start(self, task: Task, sandbox: Sandbox | None) -> ToolCallingEpisode:
-        return ToolCallingEpisode(self.tools.start(_required(sandbox, task)))
+        return ToolCallingEpisode(self.tools.start(_required(sandbox, task)), _READERS[self.form])
 
 
 class ToolCallingEpisode:
-    def __init__(self, tools: ToolSession) -> None:
+    def __init__(self, tools: ToolSession, read: Callable[[str], Sequence[ToolCall]]) -> None:
         self._tools = tools
+        self._read = read
         self._submitted: Mapping[str, bytes] = EMPTY
 
     async def respond(self, text: str) -> tuple[Message, ...] | None:
         try:
-            call = parse_tool_call(text)
+            calls = self._read(text)
         except ValueError as error:
             return _tool_message(f"(not run: {error})")
-        if call is None:
-            return None
-        observation = await self._tools.call(call)
-        if observation.submitted is None:
-            return _tool_message(observation.text)
-        self._submitted = observation.submitted
-        return None
+        answers: list[Message] = []
+        for call in calls:
+            observation = await self._tools.call(call)
+            if observation.submitted is not None:
+                self._submitted = observation.submitted
+                return None
+            answers += _tool_message(observation.text)
+        return tuple(answers) or None
 
     async def artifacts(self) -> Mapping[str, bytes]:
         return self._submitted
+
+
+def _read_fenced(text: str) -> Sequence[ToolCall]:
+    call = parse_tool_call(text)
+    return [] if call is None else [call]
+
+
+def _read_dsml(text: str) -> Sequence[ToolCall]:
+    """The calls of a turn as it was shown. ``ValueError`` for calls that cannot be read."""
+    try:
+        turn = parse_shown(text, strict=False)
+    except MalformedTurn as error:
+        TALLY.add(f"malformed/{error.rule}")
+        if error.in_call:
+            raise
+        return []
+    for repair in turn.repairs:
+        TALLY.add(f"repaired/{repair.name.lower()}")
+    TALLY.add("tool_calls", len(turn.calls))
+    return turn.calls
+
+
+_READERS: Mapping[str, Callable[[str], Sequence[ToolCall]]] = {"fence": _read_fenced, "dsml": _read_dsml}
 
 
 def _tool_message(text: str) -> tuple[Message, ...]:

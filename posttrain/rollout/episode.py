@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from posttrain.protocols import (
 from posttrain.types import (
     FinishReason,
     IntArray,
+    Message,
     Request,
     Rollout,
     Sampling,
@@ -135,14 +136,36 @@ class EpisodeClock:
 class _Transcript:
     """What is known of a rollout so far; survives a failure in the middle."""
 
+    prompt: tuple[Message, ...]
     turns: list[Turn] = field(default_factory=list)
     context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Tokens the next turn adds before the policy speaks."""
+    restarts: bool = False
+    """Whether they are a new prompt in place of what came before."""
     stop: StopReason = StopReason.FINISHED
 
     def sequence(self) -> IntArray:
-        said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
+        """What the policy sees next."""
+        said: list[IntArray] = []
+        for turn in self.turns if not self.restarts else ():
+            said = [*([] if turn.restarts else said), turn.context_ids, turn.completion.token_ids]
         return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+    def observe(self, observations: Sequence[Message], chat: ConversationFormat) -> None:
+        """Make the next turn's context of what the world answered."""
+        after = self.messages()
+        self.context_ids, self.restarts = np.zeros(0, np.int32), False
+        remembered = chat.forget(self.sequence(), observations, after=after)
+        self.context_ids = chat.encode_observations(observations, after=after)
+        if remembered is not None:
+            self.context_ids, self.restarts = np.concatenate([remembered, self.context_ids]), True
+
+    def messages(self) -> list[Message]:
+        """The conversation up to what the policy said last."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.text}, *turn.observations]
+        return [*self.prompt, *said[: len(said) - len(self.turns[-1].observations)]]
 
 
 async def run_rollout(
@@ -161,7 +184,7 @@ async def run_rollout(
     on in the box it had.
     """
     started = time.monotonic()
-    transcript = _Transcript()
+    transcript = _Transcript(prompt=task.prompt)
     artifacts: dict[str, bytes] = {}
     error: str | None = None
     try:
@@ -229,13 +252,14 @@ async def _play_turn(
             completion=completion.after(len(transcript.context_ids)),
             text=text,
             observations=observations or (),
+            restarts=transcript.restarts,
         )
     )
     if cut_off:
         transcript.stop = StopReason.LENGTH
     if observations is None:
         return False
-    transcript.context_ids = policy.chat.encode_observations(observations)
+    transcript.observe(observations, policy.chat)
     return True
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from posttrain.config import GRPO
+from posttrain.config import GRPO, Distill
 from posttrain.learner.advantages import group_advantages
-from posttrain.types import AnyRollout, Group, Sample, StopReason, Tokens
+from posttrain.types import EMPTY, AnyRollout, Group, Sample, StopReason, Tokens
 
 AdvantageRows = Sequence[Sequence[float]]
 """Per group, per rollout; NaN where a rollout is left out of the update."""
@@ -24,7 +24,7 @@ def modes_of(group: Group) -> list[list[int]]:
     return list(modes.values())
 
 
-def group_advantage_rows(groups: Sequence[Group], config: GRPO, *, min_group_size: int) -> list[list[float]]:
+def group_advantage_rows(groups: Sequence[Group], config: GRPO | Distill, *, min_group_size: int) -> list[list[float]]:
     """Advantages relative to the rollouts of the same prompt in the same effort mode, which length sets apart.
 
     Unscored rollouts, and all of a mode with too few scored ones, are NaN.
@@ -59,16 +59,25 @@ def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRP
     return samples
 
 
-def distill_samples(rollouts: Iterable[AnyRollout], weights: dict[str, float]) -> list[Sample]:
-    """Samples routed to the teacher of their domain, with the teacher's weight w_i.
+def distill_samples(
+    groups: Sequence[Group], advantages: AdvantageRows | None = None, *, scale_of: Mapping[str, float] = EMPTY
+) -> list[Sample]:
+    """Samples routed to the teacher of their group, with the teacher's weight w_i times their domain's scale, if any.
 
-    Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays.
+    Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays. With
+    ``advantages`` a rollout that could not be scored has advantage 0: it is distilled and not reinforced.
     """
-    return [
-        sample_of(rollout, teacher=rollout.task.domain, weight=weights[rollout.task.domain])
-        for rollout in rollouts
-        if not rollout.failed and rollout.num_generated
-    ]
+    samples = []
+    for index, group in enumerate(groups):
+        if group.route is None:
+            raise ValueError(f"the group of task {group.task.id!r} has no route; distillation needs GroupJob.route")
+        weight = group.route.weight * scale_of.get(group.task.domain, 1.0)
+        rows = [0.0] * len(group.rollouts) if advantages is None else advantages[index]
+        for rollout, advantage in zip(group.rollouts, rows, strict=True):
+            if not rollout.failed and rollout.num_generated:
+                known = 0.0 if math.isnan(advantage) else advantage
+                samples.append(sample_of(rollout, advantage=known, teacher=group.route.teacher, weight=weight))
+    return samples
 
 
 def without_stale_tokens(samples: Sequence[Sample], *, oldest: int) -> list[Sample]:

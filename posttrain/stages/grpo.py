@@ -74,7 +74,7 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
     learner, position = session.open_learner(stage, start, config)
     first = position.step
     judge_domain = training.judge_training
-    judging = Judging(session, stage, judge_domain, position.judging) if judge_domain is not None else None
+    judging = Judging(session, stage, judge_domain, position.kept) if judge_domain is not None else None
     spec = GrpoSpec(
         config=config,
         max_completion_tokens=max(map(_max_completion_tokens, training.domains.values())),

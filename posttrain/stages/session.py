@@ -24,7 +24,7 @@ from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Group, Sampling, ScoreStatus, Task
+from posttrain.types import Group, Route, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,8 @@ class Position:
     step: int
     pending: tuple[int, ...] = ()
     """Numbers of the jobs that were started before and not learned from."""
-    judging: Mapping[str, Any] | None = None
-    """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+    kept: Mapping[str, Any] | None = None
+    """What else the stage kept, such as the judge prompts that are trained on."""
     refilled: Mapping[str, int] = field(default_factory=dict)
     """``GroupStream.refilled``."""
 
@@ -101,10 +101,18 @@ class Session:
         spec = WorkerSpec(
             model_path=self.base_path,
             dtype=str(self.dtype).removeprefix("torch."),
-            max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
+            max_length=max(
+                domain.window_at(effort)
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             workers=self.recipe.workers,
             substrate=substrate,
-            truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            truncates=any(
+                domain.sampling_at(effort).truncates
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
@@ -129,17 +137,26 @@ class Session:
         scored: bool = True,
         greedy: bool = False,
         player: str = "",
+        route: Route | None = None,
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
+        mode, sampling = domain.efforts.get(task.effort or ""), domain.sampling_at(task.effort)
         play = Play(
             environment=domain.environment,
             reward=self.reward(task.domain) if scored else None,
-            sampling=_greedy(domain.sampling) if greedy else domain.sampling,
-            max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
+            sampling=_greedy(sampling) if greedy else sampling,
+            max_sequence_tokens=min(domain.window_at(task.effort), self.window),
+            length_penalty=None if mode is None or not scored else mode.length_penalty,
         )
         return GroupJob(
-            id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
+            id=job_id,
+            task=task,
+            num_rollouts=num_rollouts,
+            play=play,
+            seed=self.recipe.seed,
+            player=player,
+            route=route,
         )
 
     def reward(self, domain: str) -> Reward | GroupReward:
@@ -191,29 +208,29 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
+        if state is not None:
+            place["kept"] = state(pending)
         if isinstance(stream, GroupStream):
             place["refilled"] = dict(stream.refilled)
-        if judging is not None:
-            place["judging"] = judging(pending)
         learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
             PREEMPTION.check()
             yield
         except Preempted:
-            self.save_checkpoint(learner, stage, step, stream, judging)
+            self.save_checkpoint(learner, stage, step, stream, state)
             raise
 
     def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[AnyLearner, Position]:
@@ -231,7 +248,7 @@ class Session:
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             dtype=self.dtype,
             lora=self.recipe.model.lora,
-            keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            keep_reference=config.beta > 0,
             keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
@@ -242,7 +259,7 @@ class Session:
         position = Position(
             step=saved["next_step"],
             pending=tuple(saved["pending"]),
-            judging=saved.get("judging"),
+            kept=saved.get("kept"),
             refilled=saved.get("refilled", {}),
         )
         RolloutLog(stage).rewind(position.step - 1)
