@@ -22,10 +22,9 @@ def check_recipe(recipe: Recipe) -> None:
     from posttrain.conversation.formats import open_format
     from posttrain.models import base_path, context_window, has_experts, load_tokenizer
 
-    base = base_path(recipe.model.path, recipe.model.chat)
+    base = base_path(recipe.model)
     chat, window = open_format(load_tokenizer(base)), context_window(base)
-    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    _check_lora(recipe)
     _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
@@ -49,6 +48,18 @@ def check_recipe(recipe: Recipe) -> None:
         _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
 
 
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.model.lora is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    if recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.fake_quantization is set with model.lora, whose base is not trained: expected one of the two; set "
+            "one of them to none"
+        )
+
+
 def _check_workers(recipe: Recipe, *, has_experts: bool) -> None:
     if recipe.workers.engine == "vllm":
         _check_vllm(recipe, has_experts=has_experts)
@@ -64,6 +75,11 @@ def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
             "grpo.keep_routing is on with a mixture-of-experts model and workers.engine = 'vllm', which does not say "
             "which experts tokens went to: expected one or the other; set keep_routing to false, or engine to "
             "'transformers'"
+        )
+    if recipe.model.swiglu_limit is not None or recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.swiglu_limit or model.fake_quantization is set with workers.engine = 'vllm', which computes without "
+            "them: expected one or the other; leave them unset, or set engine to 'transformers'"
         )
     unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
     if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):

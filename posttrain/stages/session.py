@@ -72,7 +72,7 @@ class Session:
 
     @cached_property
     def base_path(self) -> str:
-        return base_path(self.recipe.model.path, self.recipe.model.chat)
+        return base_path(self.recipe.model)
 
     @cached_property
     def dtype(self) -> torch.dtype:
