@@ -24,7 +24,7 @@ from posttrain.protocols import (
     Teacher,
     TeacherLibrary,
 )
-from posttrain.types import Sampling
+from posttrain.types import Sampling, Task
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -475,7 +475,7 @@ class Effort(Value):
     length_penalty: Reward | None = None
     """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
     share: float = Field(default=1.0, gt=0)
-    """Relative share of the domain's tasks that are played in this mode, in stages that play each task in one."""
+    """Relative share of this mode where a task has fewer rollouts than there are modes, as in the merge."""
 
 
 class Domain(Value):
@@ -499,13 +499,29 @@ class Domain(Value):
     max_sequence_tokens: Positive = 1024
     """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
     efforts: Mapping[str, Effort] = {}
-    """How long to think, by mode of ``posttrain.conversation.effort``; empty leaves it to each task."""
+    """How long to think, by mode of ``posttrain.conversation.effort``, of tasks that do not say it themselves: the
+    rollouts of a group, and the demonstrations, take the modes in turn. Empty leaves it to the chat format."""
 
     @model_validator(mode="after")
-    def _efforts_are_known(self) -> Self:
+    def _modes_fit_together(self) -> Self:
         for effort in self.efforts:
-            check_effort(effort)
+            temperature = self.sampling_at(check_effort(effort)).temperature
+            if temperature != self.sampling.temperature:
+                raise RecipeError(
+                    f"domain: efforts[{effort!r}].sampling.temperature = {temperature}: expected that of the domain, "
+                    f"{self.sampling.temperature}, since the learner has one; change it"
+                )
+        generations = self.grpo.num_generations if self.grpo is not None else 2 * len(self.efforts)
+        if self.efforts and (generations % len(self.efforts) or generations < 2 * len(self.efforts)):
+            raise RecipeError(
+                f"domain: grpo.num_generations = {generations} with {len(self.efforts)} efforts: expected a multiple "
+                "of their number, two a mode at least, since each has a baseline of its own; change it"
+            )
         return self
+
+    def modes_of(self, task: Task) -> tuple[str | None, ...]:
+        """The effort modes a task is played in: its own, or those of the domain."""
+        return (task.effort,) if task.effort is not None or not self.efforts else tuple(self.efforts)
 
     def sampling_at(self, effort: str | None) -> Sampling:
         """How tokens are drawn in an effort mode."""

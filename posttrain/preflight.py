@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
@@ -29,9 +30,9 @@ def check_recipe(recipe: Recipe) -> None:
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(
-                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
-            )
+            for mode in domain.modes_of(task):
+                form, length = replace(task, effort=mode), len(chat.at(mode).encode_prompt(task.prompt))
+                _check_window(name, domain, form, window=window, prompt_tokens=length)
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
@@ -224,10 +225,10 @@ def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed
         _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
+        from posttrain.stages.sft import demonstrations_of
 
         try:
-            demonstrations = domain.tasks.demonstrations(count=domain.sft.num_demonstrations, seed=seed)
-            encode_demonstrations(demonstrations, chat, domain.sft.max_length)
+            encode_demonstrations(demonstrations_of(domain, domain.sft, seed), chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from posttrain import models
-from posttrain.config import SFT, Domain, Effort, Optim, Workers
+from posttrain.config import GRPO, SFT, Effort, Model, Optim, Recipe, Workers
 from posttrain.conversation.dsml import tool_row, write_calls
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.conversation.formats import open_format
@@ -22,9 +23,15 @@ from posttrain.conversation.vocabulary import prepare_tokenizer
 from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.errors import RecipeError
 from posttrain.learner.sft import run_sft
+from posttrain.preflight import check_recipe
 from posttrain.protocols import Environment, Sandbox
-from posttrain.rollout.environments import SingleTurn, ToolCalling
+from posttrain.rollout.environments import ToolCalling
 from posttrain.rollout.player import GroupJob, Play, Player
+from posttrain.runs.metrics import MetricsLog
+from posttrain.runs.progress import Progress
+from posttrain.runs.rundir import RunDir
+from posttrain.stages.session import Session
+from posttrain.stages.sft import demonstrations_of
 from posttrain.tally import TALLY
 from posttrain.types import (
     Completion,
@@ -42,6 +49,7 @@ from posttrain.types import (
 )
 from rewards.dsml import DsmlFormat
 from rewards.length import OverlongPenalty
+from tests import mini_recipe
 from tests.tiny_models import FakeSubstrate, save_tiny_model, tiny_tokenizer
 
 LOOK = Tool(name="look", description="Looks.", parameters={"type": "object"})
@@ -258,41 +266,65 @@ def test_an_effort_mode_has_its_own_beginning():
         assert chat().tokenizer.decode(engine.shown[0][-1:]) == begin
 
 
-def test_an_effort_mode_has_its_own_sampling_window_and_penalty():
-    domain = Domain(
-        tasks=_Nothing(),
-        reward=DsmlFormat(),
-        environment=SingleTurn(),
-        efforts={MAX: Effort(sampling=Sampling(max_tokens=9), max_sequence_tokens=99), HIGH: Effort()},
-    )
-    assert [domain.sampling_at(e).max_tokens for e in (None, HIGH, MAX)] == [256, 256, 9]
-    assert [domain.window_at(e) for e in (None, HIGH, MAX)] == [1024, 1024, 99]
+BUDGETS = {NON_THINK: 3, HIGH: 4, "90": 8}
+
+
+def modes_recipe(tmp_path: Path) -> Recipe:
+    """Tasks played in three modes."""
+    recipe = mini_recipe.recipe()
+    domain = recipe.domains["vowels"]
+    assert domain.grpo is not None
+    penalty = OverlongPenalty(max_tokens=4, cache_tokens=4)
+    efforts = {
+        NON_THINK: Effort(sampling=Sampling(max_tokens=3), length_penalty=penalty),
+        HIGH: Effort(share=1e-9),
+        "90": Effort(sampling=Sampling(max_tokens=8), max_sequence_tokens=200),
+    }
+    domain = domain.replace(grpo=domain.grpo.replace(num_generations=6), efforts=efforts)
+    model = Model(path=save_tiny_model(tmp_path / "base"), chat="v4", dtype="float32")
+    return recipe.replace(model=model, domains={"vowels": domain})
+
+
+def test_the_rollouts_of_a_group_take_the_modes_in_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
+    recipe = modes_recipe(tmp_path)
+    check_recipe(recipe)
+    run = RunDir(tmp_path / "run")
+    session = Session(recipe=recipe, run=run, metrics=MetricsLog(run), progress=Progress())
+    task = next(iter(recipe.domains["vowels"].tasks.train(seed=0)))
+    engine = Says(["a" * 20])
+    player = Player(engine=engine, judge_engine=None, chat=chat(), substrate=None, workers=Workers())
+    (group,) = asyncio.run(player.play([session.job("g/0", task, num_rollouts=6)]))
+    played = zip([*BUDGETS] * 2, group.rollouts, group.scores, engine.shown, strict=True)
+    for effort, rollout, score, shown in played:
+        assert (rollout.task.effort, rollout.num_generated) == (effort, BUDGETS[effort])
+        assert shown.tolist() == chat().at(effort).encode_prompt(task.prompt).tolist()
+        assert score.value == (1 - 0.75 if effort == NON_THINK else 1)
+        assert score.parts.get("length_penalty") == (-0.75 if effort == NON_THINK else None)
+    jobs = [session.job(f"distill/{i}", task, num_rollouts=1, scored=False) for i in range(40)]
+    assert {job.task.effort for job in jobs} == {NON_THINK, "90"}
+    assert {job.task.effort: job.play.max_sequence_tokens for job in jobs} == {NON_THINK: 64, "90": 200}
+    own = session.job("g/1", replace(task, effort=HIGH), num_rollouts=6)
+    assert (own.variants, own.play.sampling.max_tokens) == ((), 4)
+
+
+def test_demonstrations_take_the_modes_in_turn(tmp_path):
+    domain = modes_recipe(tmp_path).domains["vowels"]
+    assert domain.sft is not None
+    modes = [demonstration[0]["effort"] for demonstration in demonstrations_of(domain, domain.sft, 0)]
+    assert modes[:6] == [*BUDGETS] * 2
+
+
+def test_modes_that_do_not_fit_together_are_refused(tmp_path):
+    domain = modes_recipe(tmp_path).domains["vowels"]
+    for num_generations in (3, 8):
+        with pytest.raises(ValueError, match="expected a multiple of their number"):
+            domain.replace(grpo=GRPO(num_generations=num_generations))
+    hot = Effort(sampling=Sampling(temperature=0.5))
+    with pytest.raises(ValueError, match="since the learner has one"):
+        domain.replace(efforts={HIGH: hot})
     with pytest.raises(ValueError, match="effort = 'most'"):
         domain.replace(efforts={"most": Effort()})
-    play_ = Play(
-        environment=SingleTurn(),
-        reward=DsmlFormat(),
-        sampling=Sampling(),
-        max_sequence_tokens=10_000,
-        length_penalty=OverlongPenalty(max_tokens=12, cache_tokens=10),
-    )
-    player = Player(
-        engine=Says([f"{END_THINK}12345{EOS}"]), judge_engine=None, chat=chat(), substrate=None, workers=Workers()
-    )
-    job = GroupJob(id="g", task=Task(id="t", domain="d", prompt=PROMPT), num_rollouts=1, seed=0, play=play_)
-    (group,) = asyncio.run(player.play([job]))
-    assert (group.scores[0].value, group.scores[0].parts["length_penalty"]) == (0.5, -0.5)
-
-
-class _Nothing:
-    def train(self, *, seed: int) -> list[Task]:
-        return []
-
-    def heldout(self, *, count: int) -> list[Task]:
-        return []
-
-    def demonstrations(self, *, count: int, seed: int) -> list[tuple[Message, ...]]:
-        return []
 
 
 def test_a_model_learns_to_call_from_demonstrations(tmp_path, monkeypatch):
