@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -88,7 +88,7 @@ class Looks:
     """A tool that says what it was asked, and one that hands in."""
 
     asked: list[str] = field(default_factory=list)
-    definitions: Sequence[Tool] = (LOOK,)
+    definitions: Sequence[Tool] = (LOOK, replace(LOOK, name="submit"))
 
     def start(self, sandbox: Sandbox) -> Looks:
         return self
