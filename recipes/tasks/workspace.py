@@ -16,6 +16,7 @@ import random
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from typing import Literal
 
@@ -23,13 +24,13 @@ from posttrain.conversation.dsml import call_row, tool_row
 from posttrain.conversation.effort import NON_THINK
 from posttrain.conversation.tool_calls import describe_tools, format_tool_call
 from posttrain.errors import RecipeError
-from posttrain.types import Message, SandboxSpec, Task, ToolCall
+from posttrain.types import Message, SandboxSpec, Task, Tool, ToolCall
 from recipes.tasks.splits import DrawnTasks, SolvedTask, problem_id
 from recipes.tasks.words import WORDS
 from sandbox.tools import BoxTools, numbered, replace_once
 
 EXPLANATION = (
-    "You work with tools on the files in /work. Do the steps in their order and leave everything else as it is; what "
+    "You work with tools on the files in /work. Do all of the steps and leave everything else as it is; what "
     "you note for yourself goes to /tmp. In the end submit the files that you wrote, changed or moved."
 )
 SILENT = "(no output)"
@@ -345,10 +346,19 @@ class WorkspaceTasks(DrawnTasks):
         return SolvedTask(task=task, solution=tuple(said)[:-1])
 
     def _system(self) -> Message:
-        tools = BoxTools().definitions
         if self.form == "fence":
-            return {"role": "system", "content": f"{EXPLANATION}\n\n{describe_tools(tools)}", "effort": self.effort}
-        return {"role": "system", "content": EXPLANATION, "tools": list(map(tool_row, tools)), "effort": self.effort}
+            return {"role": "system", "content": f"{EXPLANATION}\n\n{describe_tools(_tools())}", "effort": self.effort}
+        return {
+            "role": "system",
+            "content": EXPLANATION,
+            "tools": [tool_row(tool) for tool in _tools()],
+            "effort": self.effort,
+        }
+
+
+@cache
+def _tools() -> Sequence[Tool]:
+    return BoxTools().definitions
 
 
 def _steps(draft: Draft) -> tuple[list[Step], list[list[Move]]]:
