@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -51,8 +52,6 @@ OURS = "full_vocabulary"
 GOAL = 0.95
 DISTANCE, PLAYED = "distance-", "played-"
 """Names of the runs that measure a student's KL to its teachers, and its reward, on training tasks."""
-PROBED = 256
-"""Rollouts, over all domains, of such a run."""
 STILL = Optim(learning_rate=1e-12)
 GROUP = 8
 """Rollouts of a task in mixed RL."""
@@ -143,6 +142,8 @@ class Study:
     source: RunDir
     out: Path
     rates: Mapping[str, Sequence[float]]
+    probed: int = 256
+    """Rollouts, over all domains, that measure a student on training tasks."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -190,7 +191,7 @@ class Study:
         scores = self.out / "reference" / "stages" / "evaluate" / "scores"
         shutil.copytree(scores, RunDir(chosen).stage("evaluate").path / "scores", dirs_exist_ok=True)
         self._run(chosen.name, self._recipe_of(name, self.rate_of(name, chosen)))
-        step = self.distill.replace(max_steps=1, rollouts_per_step=PROBED, optim=STILL)
+        step = self.distill.replace(max_steps=1, rollouts_per_step=self.probed, optim=STILL)
         self._probe(DISTANCE, chosen, step)
 
     def chosen_run(self, name: str) -> Path:
@@ -200,7 +201,7 @@ class Study:
 
     @property
     def _still_rl(self) -> Value:
-        return MixedRL(grpo=GRPO(max_steps=1, groups_per_step=PROBED // GROUP, num_generations=GROUP, optim=STILL))
+        return MixedRL(grpo=GRPO(max_steps=1, groups_per_step=self.probed // GROUP, num_generations=GROUP, optim=STILL))
 
     def _probe(self, prefix: str, run: Path, step: Value) -> None:
         """One step of a stage from a student, for what it measures before its update."""
@@ -274,6 +275,7 @@ def summarise(study: Study, names: Sequence[str]) -> dict[str, Any]:
                 "domains": {
                     domain: _standing(models, scores.get(OURS, {}).get(domain), options)
                     | _answers(run, domain)
+                    | _greedy(run, domain, options)
                     | {"kl": _distill_lines(run.with_name(DISTANCE + run.name))[0][f"kl/{domain}"]}
                     for domain, models in scores[name].items()
                 },
@@ -287,6 +289,13 @@ def _scores(run: Path) -> dict[str, dict[str, Scores]]:
     """Domain -> model -> [N, S] sampled scores."""
     evaluations = load_evaluations(RunDir(run).stage("evaluate").path)
     return {e.domain: {model: scores.sampled for model, scores in e.models.items()} for e in evaluations}
+
+
+def _greedy(run: Path, domain: str, options: Bootstrap) -> dict[str, Any]:
+    """The kept share with greedy decoding, where that was played."""
+    found = next(e for e in load_evaluations(RunDir(run).stage("evaluate").path) if e.domain == domain)
+    student, specialist, base = (found.models[name].greedy for name in ("student", "specialist", "base"))
+    return {"kept_greedy": _interval(bootstrap_kept(student, specialist, base, options))} if student.size else {}
 
 
 def _trial(run: Path, name: str) -> float:
@@ -350,6 +359,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         for row in results["methods"]
         if row["method"] != OURS and "over_ours" in row["domains"][domains[0]]
     ]
+    greedy = [
+        [row["label"], *(_percents(row["domains"][d]["kept_greedy"]) for d in domains)]
+        for row in results["methods"]
+        if "kept_greedy" in row["domains"][domains[0]]
+    ]
     costs = [
         [
             row["label"],
@@ -365,6 +379,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = [
         _table(heads, [kept[index] for index in order]),
         _table(["held-out score", *domains], scores),
+        _table(["kept, greedy decoding", *domains], greedy) if greedy else "",
         _table(["score less that of full-vocabulary OPD", *domains], over) if over else "",
         _table(
             ["KL(student, teacher) on the student's answers, nats a token", *domains],
@@ -411,11 +426,13 @@ def draw_kept(results: Mapping[str, Any]) -> Figure:
                 va="center",
                 color=INK,
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
         axes.set_title(domain, loc="left", color=INK, fontsize=11)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.margins(x=0.16)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
         axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
         axes.tick_params(colors=INK, length=0, labelsize=9)
@@ -461,6 +478,8 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="a run directory with finished specialists")
     parser.add_argument("--out", type=Path, help="where the methods' runs go; those there are taken up")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--domains", help="of the recipe, those to merge (default: all)")
+    parser.add_argument("--probed", type=int, default=256, help="rollouts that measure a student on training tasks")
     parser.add_argument("--rates", action="append", default=[], metavar="METHOD=RATE,RATE", help="to choose from")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides")
     parser.add_argument("--quick", action="store_true", help="a form that takes less than 50 s and claims nothing")
@@ -480,7 +499,10 @@ def main() -> None:
     if arguments.run is None or arguments.out is None:
         parser.error("expected a recipe, a run directory and --out, or --quick")
     whole = load_recipe(arguments.recipe, arguments.overrides)
-    study = Study(whole=whole, source=RunDir(arguments.run), out=arguments.out, rates=rates)
+    if arguments.domains:
+        whole = whole.replace(domains={name: whole.domains[name] for name in arguments.domains.split(",")})
+    source = RunDir(arguments.run)
+    study = Study(whole=whole, source=source, out=arguments.out, rates=rates, probed=arguments.probed)
     with ray_session(whole.workers):
         compare(study, names)
 

@@ -98,7 +98,7 @@ def liger(case: Case) -> Callable[[], object]:
 def relative_error(device: str, dtype: torch.dtype) -> float:
     """Largest relative error of divergence and gradients against float64 on full logits, over all forms."""
     worst = 0.0
-    for form, (tokens, width, vocabulary) in itertools.product(FORMS.values(), ((67, 576, 5_003), (130, 64, 49_152))):
+    for form, (tokens, width, vocabulary) in itertools.product(FORMS.values(), ((67, 576, 5_003), (66, 64, 49_152))):
         case = Case.random(tokens, width, vocabulary, device, dtype)
         loss, divergence = divergence_sum(*case.inputs, **form)
         found = (divergence, *torch.autograd.grad(loss, (case.hidden, case.head)))

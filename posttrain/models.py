@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from posttrain.checkpoint_files import fetch, is_url
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,9 +29,12 @@ core took 0.85x of float32's time at 4 million parameters and 0.49x at 135 milli
 def resolve_path(path: str) -> str:
     """What ``from_pretrained`` takes for a path written as in ``posttrain.config.Model.path``.
 
-    Local folders and package paths become absolute; a hub name stays as it is; a ``.gguf`` file becomes the folder of
-    a plain float32 checkpoint, converted on first use. Raises ``RecipeError`` naming what was looked for.
+    Local folders and package paths become absolute; a hub name stays as it is; what lies at an fsspec URL is fetched
+    on first use; a ``.gguf`` file becomes the folder of a plain float32 checkpoint, converted on first use. Raises
+    ``RecipeError`` naming what was looked for.
     """
+    if is_url(path):
+        return _checkpoint(fetch(path, cache_dir()), path)
     if path.startswith(_PACKAGE):
         return _checkpoint(_inside_package(path), path)
     local = Path(path).expanduser()
@@ -40,9 +45,18 @@ def resolve_path(path: str) -> str:
     if _looks_local(path) or path.count("/") > 1 or path.endswith(_GGUF):
         raise RecipeError(
             f"model path {path!r}: nothing at {local.absolute()}; expected a folder with config.json, a .gguf file, a "
-            "hub name such as org/name, or package:IMPORT/sub/path; correct the path or make the checkpoint first"
+            "hub name such as org/name, an fsspec URL, or package:IMPORT/sub/path; correct the path or make the "
+            "checkpoint first"
         )
     return path
+
+
+def resolve_folder(path: str, *, holding: str) -> str:
+    """A local folder with a file named ``holding``, such as an adapter's, from a path or an fsspec URL."""
+    folder = fetch(path, cache_dir()) if is_url(path) else Path(path).expanduser()
+    if not (folder / holding).is_file():
+        raise RecipeError(f"path {path!r}: {folder} holds no {holding}; expected a folder with one; correct the path")
+    return str(folder)
 
 
 def base_path(path: str, chat: Literal["template", "v4"]) -> str:
@@ -185,8 +199,8 @@ def _hub_file(path: str) -> Path:
 
 def _converted(gguf: Path) -> str:
     """The folder of the plain checkpoint made from a GGUF file, made now if it is not there."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    stat = gguf.stat()
+    digest = _digest(gguf, stat.st_size, stat.st_mtime_ns)
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
     return str(_made(target, lambda folder: _convert(gguf, folder)))
 
@@ -219,6 +233,12 @@ def _content_hash(folder: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache
+def _digest(file: Path, _size: int, _mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

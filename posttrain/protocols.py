@@ -415,7 +415,8 @@ class TeacherModel(Protocol):
         ...
 
     def hidden_states(self, sequences: Sequence[IntArray]) -> Sequence[torch.Tensor]:
-        """The states that enter the head (after the final norm), one [T, D_teacher] tensor per sequence."""
+        """The states that enter the head, one [T, D_teacher] tensor per sequence: after the final norm, and times the
+        teacher's logit scale if it has one."""
         ...
 
     def close(self) -> None:
@@ -510,7 +511,14 @@ class OpenTeachers(Protocol):
         ...
 
     def head(self, name: str) -> torch.Tensor:
-        """The output projection of a teacher, [V, D_teacher]; at most one is on the device."""
+        """The output projection of a teacher, [V, D_teacher]; at most one is on the device.
+
+        Ask in the order of names, and the next one is read meanwhile.
+        """
+        ...
+
+    def logit_cap(self, name: str) -> float | None:
+        """c where a teacher's logits are ``c tanh(head @ state / c)``; None where they are head @ state."""
         ...
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,8 @@ from posttrain.protocols import ArrayRef, ArrayStore, StateStore
 MAGIC = b"PTSTATE2"
 ALIGNMENT = 64
 """The payload's offset is a multiple of this, so that vector loads of mapped states are aligned."""
+ABANDONED_S = 3600.0
+"""Age of a half-written file that nobody writes any more."""
 _PREFIX = struct.Struct("<8sI")
 """Magic and length of the JSON header that follows; the payload follows the header."""
 _SUFFIX = ".states"
@@ -115,8 +118,10 @@ class FileStore:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        for scratch in self._directory.glob("*.tmp"):  # Left by a process that was killed while it wrote.
-            scratch.unlink(missing_ok=True)
+        for scratch in self._directory.glob("*.tmp"):
+            # Left by a process that was killed while it wrote; others may be writing at this moment.
+            if time.time() - scratch.stat().st_mtime > ABANDONED_S:
+                scratch.unlink(missing_ok=True)
 
     def put(self, key: str, states: torch.Tensor, *, origin: str = "") -> None:
         """Write the tensor; a reader sees the old file or the new one, never a part.

@@ -22,7 +22,8 @@ from teachers.sources import HFTeacher
 class SwapOnDemand:
     """Keeps teachers on disk and loads each when its samples come up.
 
-    What fits into ``memory_mb`` (MiB) after use stays for the next step; the teacher in use is always allowed.
+    ``memory_mb`` (MiB) is the most that teachers' weights take at any time, or a GPU's memory for them: a larger
+    teacher is run layer by layer, and what fits stays for the next step.
     """
 
     memory_mb: int = 4096
@@ -66,6 +67,9 @@ class PooledTeachers:
 
     def head(self, name: str) -> torch.Tensor:
         return self._pool.head(name)
+
+    def logit_cap(self, name: str) -> float | None:
+        return self._pool.logit_cap(name)
 
     def costs(self) -> Mapping[str, float]:
         now = self._pool.stats

@@ -54,7 +54,7 @@ CASES = {
     "flat": random_case(scale=0.01),
     "peaked": random_case(scale=10.0),
     "identical": identical_case(),
-    "extreme": random_case(scale=300.0),
+    "extreme": random_case(scale=50.0),
     "disjoint": disjoint_case(),
 }
 
@@ -103,7 +103,7 @@ def test_value_and_gradients_match_float64_logits(name: str, form: str, temperat
     assert divergence.min().item() >= -1e-6
     torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(divergence.double(), want_divergence, rtol=1e-5, atol=1e-5)
-    logit_rounding = (case[0] @ case[1].T).abs().max().item() * 1e-5
+    logit_rounding = (case[0] @ case[1].T).abs().max().item() * 1e-6
     for found, want in zip(gradients, want_gradients, strict=True):
         atol = max(2e-5, 2e-5 * want.abs().max().item(), logit_rounding)
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=atol)
@@ -374,3 +374,8 @@ def test_triton_tiles_over_slices_of_the_vocabulary_match_float64_logits(size: i
     case, gradient = half_precision_case("random", torch.float16), torch.cat([gradient for _, gradient in found], 1)
     for divergence, _ in found:
         assert_close_by_logits((divergence, gradient), case, 1e-3, temperature=0.7)
+
+
+def test_processes_with_other_positions_are_refused_in_all_of_them(shard_answers: Any) -> None:
+    for rank, answers in enumerate(shard_answers[1]):
+        assert f"this process has {N - rank} positions" in answers[3, "other positions"]

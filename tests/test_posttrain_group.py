@@ -126,10 +126,14 @@ def test_two_processes_take_the_steps_of_one_and_checkpoints_fit_either(spec, gr
         # A difference in the last bit of a gradient grows in Adam's division by its size.
         assert_same(found, expected, rel=1e-6 if step < 2 else 1e-4)
     assert expected["kl_ref"] > 0
+    ours, theirs = group.token_stats(samples, shared), one.token_stats(samples, alone)
+    assert ours.keys() == theirs.keys() == {sample.id for sample in samples if not sample.silent}
+    for name, stats in theirs.items():
+        torch.testing.assert_close(ours[name].logprobs, stats.logprobs, rtol=1e-4, atol=1e-4)
     assert len(set(group.checksums())) == 1
-    ours, theirs = group.weights(torch.float32), one.weights(torch.float32)
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+    weights = group.weights(torch.float32)
+    for name, tensor in one.weights(torch.float32).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
 
     checkpoint = group.save_checkpoint(tmp_path, caller={"next_step": 4})
     assert one.load_checkpoint(checkpoint) == {"next_step": 4}
@@ -155,6 +159,11 @@ def test_teachers_that_are_absent_from_a_process_change_nothing(spec, teaching, 
         assert found["teacher/bytes_cached"] == expected["teacher/bytes_cached"]
     # Three teachers, one of them on both ranks.
     assert found["teacher/head_loads"] == 4
+    # What teachers read for a step that failed is there for the next one.
+    with pytest.raises(FloatingPointError, match="learner process 0 of 2"):
+        group.update([replace(sample, weight=math.nan) for sample in samples], shared)
+    assert group.update(samples, shared)["teacher/tokens"] == expected["teacher/tokens"]
+    one.update(samples, alone)
     # One rank has nothing to do.
     lonely = [sample for sample in samples if sample.domain == "prose"]
     assert_same(group.update(lonely, shared), one.update(lonely, alone))

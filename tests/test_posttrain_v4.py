@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.conversation import v4
 from posttrain.conversation.dsml import Unwritable, tool_row
 from posttrain.conversation.dsml_parser import MalformedTurn
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK, prefix
@@ -477,3 +480,15 @@ def test_orders_of_results_do_not_matter():
 def test_messages_are_plain_json():
     messages = [message for _, row, _ in ROWS.values() for message in row]
     assert json.loads(json.dumps(messages)) == messages
+
+
+def test_the_guides_snippets_run():
+    guide = Path(v4.__file__).with_name("README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for source in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(source, names)
+    assert (names["in_v4"].chat, list(names["efforts"])) == ("v4", [NON_THINK, HIGH, MAX])
+    for demonstration, task in ((names["title"], "title"), (names["worth_reading"], "read_url")):
+        assert f"{TASKS[task]}{demonstration[-1]['content']}{EOS}" in chat().render(
+            demonstration, generation_prompt=False
+        )

@@ -31,6 +31,11 @@ def main(rank: int, folder: Path) -> None:
     for size, group in groups.items():
         if rank < size:
             answers[size, "tiles"] = _triton_answer(tiles_case, rank, size, group)
+    case, _ = requests["reverse_kl"]
+    try:
+        divergence_sum(case[0][rank:], case[1], case[2][rank:], case[3], vocabulary_group=groups[3])
+    except ValueError as refusal:
+        answers[3, "other positions"] = str(refusal)
     torch.save(answers, folder / f"answers-{rank}.pt")
     distributed.destroy_process_group()
 

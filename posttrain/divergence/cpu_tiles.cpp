@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int64_t kColumns = 128;  // of a block of the vocabulary; BLOCK_V in Python
-constexpr int64_t kRows = 32;      // positions multiplied at once
+constexpr int64_t kRows = 64;      // positions multiplied at once
 constexpr int64_t kLanes = 16;
 constexpr int64_t kHalfLanes = 2 * kLanes;  // of numbers of two bytes
 constexpr int64_t kVectors = kColumns / kLanes;

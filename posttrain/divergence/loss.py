@@ -2,8 +2,8 @@
 
 Reverse KL is the on-policy distillation objective of DeepSeek-V4 (Eq. 29); ``measure`` has the formulas. The gradient
 by the student's logits is p_v (g_v - sum_w p_w g_w) for all of them, so that logits are needed only a tile of
-``chunk_tokens`` positions at a time, and never kept. Half-precision models go through ``triton_tiles`` on a GPU, and
-bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4 bytes per entry of one
+``chunk_tokens`` positions at a time, and never kept. Half-precision models go through ``triton_tiles`` on a GPU, for
+reverse KL, and bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4 bytes per entry of one
 [chunk_tokens, V] tile; what these do not do, ``torch_tiles`` does in 8 bytes.
 
 Precision: the arithmetic on logits, and every sum over tiles, is float32. The KL of half-precision inputs never sees
@@ -148,13 +148,8 @@ class _Inputs:
             half = all(matrix.dtype in _HALF for matrix in matrices)
             # Bulk copies want rows that begin at multiples of 16 bytes.
             aligned = all(m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
-            settings = self.measure
-            supported = (settings.kind, settings.teacher_logit_cap, settings.vocabulary_group) == (
-                "reverse_kl",
-                None,
-                None,
-            )
-            if supported and same and half and aligned and importlib.util.find_spec("triton"):
+            reverse = self.measure.kind == "reverse_kl"
+            if reverse and same and half and aligned and importlib.util.find_spec("triton"):
                 from posttrain.divergence.triton_tiles import TritonTiles
 
                 return TritonTiles

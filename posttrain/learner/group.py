@@ -30,7 +30,7 @@ from posttrain.learner.learner import Learner, with_loss
 from posttrain.learner.objectives import Objective, ObjectiveSpec, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, divide_over_ranks
 from posttrain.learner.policy import HeadInputs
-from posttrain.learner.rank import COLLECTIVE, Failure, LearnerSpec, Place, Rank, attempt, raise_first
+from posttrain.learner.rank import COLLECTIVE, Failure, LearnerSpec, Place, Rank, attempt, raise_first, receive, send
 from posttrain.learner.tally import add_up, step_metrics
 from posttrain.rollout.local_store import LocalRef, LocalStore
 from posttrain.types import Sample, TokenArrays
@@ -264,11 +264,11 @@ class _Follower:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()]
             )
-        self._connection.send((spec, place))
+        send(self._connection, (spec, place))
 
     def send(self, command: str, arguments: Sequence[Any]) -> None:
         try:
-            self._connection.send((command, tuple(arguments)))
+            send(self._connection, (command, tuple(arguments)))
         except OSError as error:
             raise self._lost() from error
 
@@ -280,7 +280,7 @@ class _Follower:
                     f"{self._name} has not answered for {self._place.timeout_s:g} s and is taken for hung; look at "
                     "what it was doing, and go on with --resume"
                 )
-            return self._connection.recv()
+            return receive(self._connection)
         except (EOFError, ConnectionError) as error:
             raise self._lost() from error
 
@@ -296,7 +296,7 @@ class _Follower:
         """Have the process close and see it end; kill it if it is not to be asked, or takes too long."""
         try:
             if not now:
-                self._connection.send(("close", ()))
+                send(self._connection, ("close", ()))
                 self.process.wait(_CLOSING_S)
         except (OSError, subprocess.TimeoutExpired):
             pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import select
 import signal
 import sys
@@ -240,6 +241,16 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
+def send(connection: Connection, message: Any) -> None:
+    """Send by value. ``Connection.send`` would share tensors, for which the processes would have to be relatives."""
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """What ``send`` sent. ``EOFError`` when the other process has ended."""
+    return pickle.loads(connection.recv_bytes())
+
+
 def main() -> None:
     """The program of rank 1 and above: take commands until told to close, or until rank 0 is gone."""
     # Rank 0 hears them, and finishes its step first.
@@ -247,17 +258,17 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     threading.Thread(target=_end_with_peer, args=(connection.fileno(),), daemon=True).start()
-    spec, place = connection.recv()
+    spec, place = receive(connection)
     torch.set_num_threads(place.num_threads)
     try:
         rank = Rank(spec, place)
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
-        connection.send(Failure.of(error, place))
+        send(connection, Failure.of(error, place))
         return
-    connection.send(None)
+    send(connection, None)
     while True:
-        command, arguments = connection.recv()
-        connection.send(attempt(rank, command, arguments))
+        command, arguments = receive(connection)
+        send(connection, attempt(rank, command, arguments))
         if command == "close":
             # All is closed; taking the interpreter down would take seconds.
             os._exit(0)
