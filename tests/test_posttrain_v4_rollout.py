@@ -496,7 +496,7 @@ def test_modes_that_do_not_fit_together_are_refused(tmp_path):
 def test_a_model_learns_to_call_from_demonstrations(tmp_path, monkeypatch):
     """From a base without the tokens to one that makes a call of its own: SFT, its checkpoint, the engine."""
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
-    base = models.base_path(save_tiny_model(tmp_path / "base"), "v4")
+    base = models.base_path(Model(path=save_tiny_model(tmp_path / "base"), chat="v4"))
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "x"}}}
     asked: tuple[Message, ...] = ({"role": "user", "content": "u", "effort": NON_THINK},)
     demonstration = (*asked, {"role": "assistant", "content": "", "tool_calls": [call]})
