@@ -32,7 +32,8 @@ class SwapOnDemand:
     states: str = "files"
     """Where hidden states wait for the learner: ``files`` of the stage's folder, mapped into memory; ``memory``;
     ``ray``, the object store; or a folder or fsspec URL. What is written to files or a URL is found again by a run
-    that goes on after it was killed, so that no teacher reads a sample twice."""
+    that goes on after it was killed in a step, whose samples no teacher then reads twice. States are freed with the
+    step's update: steps made after the last checkpoint are made again with all their teachers."""
 
     def from_checkpoint(self, path: str) -> Teacher:
         return HFTeacher(path)

@@ -67,7 +67,7 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
         teachers=everyone,
         student_path=session.base_path,
         probes=probes,
-        folder=stage.path / "states",
+        folder=stage.states,
         temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},
     )
     objective = learner.open_objective(spec)
