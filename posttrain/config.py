@@ -24,7 +24,7 @@ from posttrain.protocols import (
     Teacher,
     TeacherLibrary,
 )
-from posttrain.types import Sampling
+from posttrain.types import Sampling, Task
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -61,14 +61,35 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    swiglu_limit: float | None = Field(default=None, gt=0)
+    """Clamps the feed-forward layers' gate from above and their linear part on both sides (10.0 in DeepSeek-V4)."""
+    fake_quantization: Literal["mxfp4"] | None = None
+    """Compute with the experts' weights, in a dense model with those of the feed-forward layers, in MXFP4; float32
+    masters are trained. Engines, judges and teachers of this run's checkpoints use the same values."""
     chat: Literal["template", "v4"] = "template"
     """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
     calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
+class AnticipatoryRouting(Value):
+    """Choose experts by older weights for a while after a spike of the gradient's norm (DeepSeek-V4)."""
+
+    lag_steps: Positive = 1
+    """Age of the weights that choose. So many copies of what is trained are kept."""
+    hold_steps: Positive = 50
+    """How many steps a spike switches it on for."""
+    window: int = Field(default=32, ge=2)
+    """Steps whose norms a spike is measured against."""
+    threshold: float = Field(default=5.0, gt=0)
+    """A spike exceeds their mean by this many standard deviations, and by half."""
+
+
 class Optim(Value):
     """AdamW and its schedule; names as in ``transformers.TrainingArguments``."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon`` for matrices, with AdamW for embeddings, head, norms and stacked experts at the same learning rate."""
+    muon_momentum: Fraction = 0.95
     learning_rate: float = Field(default=1e-5, gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
@@ -77,6 +98,8 @@ class Optim(Value):
     adam_beta2: Fraction = 0.99
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
+    anticipatory_routing: AnticipatoryRouting | None = None
+    """For mixture-of-experts models; in GRPO only where ``keep_routing`` does not know the engine's choice."""
 
 
 class SFT(Value):
@@ -89,6 +112,15 @@ class SFT(Value):
     max_length: Positive = 1024
     optim: Optim = Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=5)
     save_steps: Positive = 50
+
+    @model_validator(mode="after")
+    def _trainers_own_optimizer(self) -> Self:
+        if self.optim.optimizer != "adamw" or self.optim.anticipatory_routing is not None:
+            raise RecipeError(
+                f"sft.optim: optimizer = {self.optim.optimizer!r}, anticipatory_routing = "
+                f"{self.optim.anticipatory_routing}; expected 'adamw' and None, as SFT runs in TRL's trainer"
+            )
+        return self
 
 
 class GRPO(Value):
@@ -443,7 +475,7 @@ class Effort(Value):
     length_penalty: Reward | None = None
     """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
     share: float = Field(default=1.0, gt=0)
-    """Relative share of the domain's tasks that are played in this mode, in stages that play each task in one."""
+    """Relative share of this mode where a task has fewer rollouts than there are modes, as in the merge."""
 
 
 class Domain(Value):
@@ -467,13 +499,29 @@ class Domain(Value):
     max_sequence_tokens: Positive = 1024
     """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
     efforts: Mapping[str, Effort] = {}
-    """How long to think, by mode of ``posttrain.conversation.effort``; empty leaves it to each task."""
+    """How long to think, by mode of ``posttrain.conversation.effort``, of tasks that do not say it themselves: the
+    rollouts of a group, and the demonstrations, take the modes in turn. Empty leaves it to the chat format."""
 
     @model_validator(mode="after")
-    def _efforts_are_known(self) -> Self:
+    def _modes_fit_together(self) -> Self:
         for effort in self.efforts:
-            check_effort(effort)
+            temperature = self.sampling_at(check_effort(effort)).temperature
+            if temperature != self.sampling.temperature:
+                raise RecipeError(
+                    f"domain: efforts[{effort!r}].sampling.temperature = {temperature}: expected that of the domain, "
+                    f"{self.sampling.temperature}, since the learner has one; change it"
+                )
+        generations = self.grpo.num_generations if self.grpo is not None else 2 * len(self.efforts)
+        if self.efforts and (generations % len(self.efforts) or generations < 2 * len(self.efforts)):
+            raise RecipeError(
+                f"domain: grpo.num_generations = {generations} with {len(self.efforts)} efforts: expected a multiple "
+                "of their number, two a mode at least, since each has a baseline of its own; change it"
+            )
         return self
+
+    def modes_of(self, task: Task) -> tuple[str | None, ...]:
+        """The effort modes a task is played in: its own, or those of the domain."""
+        return (task.effort,) if task.effort is not None or not self.efforts else tuple(self.efforts)
 
     def sampling_at(self, effort: str | None) -> Sampling:
         """How tokens are drawn in an effort mode."""

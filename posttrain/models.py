@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from posttrain.checkpoint_files import fetch, is_url
+from posttrain.config import Model
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -51,6 +52,30 @@ def resolve_path(path: str) -> str:
     return path
 
 
+def base_path(model: Model) -> str:
+    """Where the checkpoint is that a run starts from: the given one, or a copy of it in the cache, made on first use,
+    that got what the recipe asks for: tokens of the V4 format, or stability options in its config."""
+    from posttrain.stability.layers import QUANTISATION, SWIGLU_LIMIT, use_stable_layers
+
+    path = _with_chat(resolve_path(model.path), model.chat)
+    wanted = {SWIGLU_LIMIT: model.swiglu_limit, QUANTISATION: model.fake_quantization}
+    entries = {name: value for name, value in wanted.items() if value is not None}
+    if not entries:
+        return path
+
+    def prepare(folder: Path) -> None:
+        import torch
+
+        loaded = load_model(path, torch.float32)
+        loaded.config.update(entries)
+        use_stable_layers(loaded)
+        loaded.save_pretrained(folder)
+        load_tokenizer(path).save_pretrained(folder)
+
+    chosen = "-".join(str(value) for value in entries.values())
+    return str(_made(cache_dir() / "stable" / f"{Path(path).name}-{chosen}-{_content_hash(Path(path))}", prepare))
+
+
 def resolve_folder(path: str, *, holding: str) -> str:
     """A local folder with a file named ``holding``, such as an adapter's, from a path or an fsspec URL."""
     folder = fetch(path, cache_dir()) if is_url(path) else Path(path).expanduser()
@@ -59,10 +84,7 @@ def resolve_folder(path: str, *, holding: str) -> str:
     return str(folder)
 
 
-def base_path(path: str, chat: Literal["template", "v4"]) -> str:
-    """Where the checkpoint is that a run starts from. For ``v4`` one whose tokenizer writes the V4 format: the given
-    one, or a copy of it in the cache that got the tokens it lacked, made on first use."""
-    resolved = resolve_path(path)
+def _with_chat(resolved: str, chat: Literal["template", "v4"]) -> str:
     if chat == "template":
         return resolved
     from posttrain.conversation.vocabulary import CHAT_FORMAT, prepare_model, prepare_tokenizer
@@ -84,15 +106,20 @@ def base_path(path: str, chat: Literal["template", "v4"]) -> str:
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
-    """A causal language model in the given type, in host memory. ``path`` as for ``resolve_path``."""
+    """A causal language model in the given type, in host memory, that computes as its config says
+    (``posttrain.stability.layers``). ``path`` as for ``resolve_path``."""
     from transformers import AutoModelForCausalLM
 
+    from posttrain.stability.layers import use_stable_layers
+
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             resolve_path(path), dtype=dtype, attn_implementation=attn_implementation
         )
     except OSError as error:
         raise _unloadable(path, "model", error) from error
+    use_stable_layers(model)
+    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
@@ -22,17 +23,16 @@ def check_recipe(recipe: Recipe) -> None:
     from posttrain.conversation.formats import open_format
     from posttrain.models import base_path, context_window, has_experts, load_tokenizer
 
-    base = base_path(recipe.model.path, recipe.model.chat)
+    base = base_path(recipe.model)
     chat, window = open_format(load_tokenizer(base)), context_window(base)
-    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    _check_lora(recipe)
     _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(
-                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
-            )
+            for mode in domain.modes_of(task):
+                form, length = replace(task, effort=mode), len(chat.at(mode).encode_prompt(task.prompt))
+                _check_window(name, domain, form, window=window, prompt_tokens=length)
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
@@ -47,6 +47,18 @@ def check_recipe(recipe: Recipe) -> None:
     if isinstance(recipe.distill, MixedRL):
         _check_mixture(recipe)
         _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.model.lora is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    if recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.fake_quantization is set with model.lora, whose base is not trained: expected one of the two; set "
+            "one of them to none"
+        )
 
 
 def _check_workers(recipe: Recipe, *, has_experts: bool) -> None:
@@ -64,6 +76,11 @@ def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
             "grpo.keep_routing is on with a mixture-of-experts model and workers.engine = 'vllm', which does not say "
             "which experts tokens went to: expected one or the other; set keep_routing to false, or engine to "
             "'transformers'"
+        )
+    if recipe.model.swiglu_limit is not None or recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.swiglu_limit or model.fake_quantization is set with workers.engine = 'vllm', which computes without "
+            "them: expected one or the other; leave them unset, or set engine to 'transformers'"
         )
     unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
     if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):
@@ -208,10 +225,10 @@ def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed
         _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
+        from posttrain.stages.sft import demonstrations_of
 
         try:
-            demonstrations = domain.tasks.demonstrations(count=domain.sft.num_demonstrations, seed=seed)
-            encode_demonstrations(demonstrations, chat, domain.sft.max_length)
+            encode_demonstrations(demonstrations_of(domain, domain.sft, seed), chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.rollout.clearing import ContextClearing
+
 
 class ConversationFormat(Protocol):
     """Messages as token ids, and what was generated as text. A conversation grows as tokens: the encoded prompt, what
@@ -243,6 +245,16 @@ class Environment(Protocol):
 
         ``ValueError``, ``KeyError`` and the like say that the task or the environment is wrong: it is not tried again.
         """
+        ...
+
+
+@runtime_checkable
+class ClearsContext(Environment, Protocol):
+    """An environment whose episodes may forget a part of the conversation and go on."""
+
+    @property
+    def clearing(self) -> ContextClearing | None:
+        """When and what; None: never."""
         ...
 
 

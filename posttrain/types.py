@@ -136,6 +136,8 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
     """JSON schema of its arguments, an object."""
+    concurrent: bool = False
+    """Whether calls of it may run at once: it changes nothing that another call could notice."""
 
 
 @dataclass(frozen=True, slots=True)

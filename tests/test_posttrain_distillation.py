@@ -162,6 +162,8 @@ def test_all_but_one_buckets_are_the_full_vocabulary() -> None:
     few = make_learner(tiny_llama()).update(samples, with_loss(objective, "teacher_top_k", top_k=2))
     for name in ("loss", "kl/math", "kl/code", "grad_norm"):
         assert found[name] == pytest.approx(exact[name], rel=1e-4)
+    for metrics in (exact, found, few):
+        assert (metrics["clamped_share"], metrics["nonfinite_share"]) == (0.0, 0.0)
     assert 0 < few["kl"] < exact["kl"]
 
 

@@ -103,7 +103,7 @@ def splits(text: str, cuts: Sequence[int]) -> list[str]:
 
 
 @given(SAID)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_what_is_written_is_read_back(said):
     reasoning, content, calls = said
     turn = read(written(said), thinking=reasoning is not None, strict=True)
@@ -145,7 +145,7 @@ def damaged(draw) -> str:
 
 
 @given(damaged() | st.lists(PIECES, max_size=6).map("".join), st.booleans(), st.booleans(), CUTS)
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_chunks_change_nothing_of_what_is_malformed_either(text, thinking, strict, cuts):
     whole = stream([text], thinking=thinking, strict=strict)
     assert stream(splits(text, cuts), thinking=thinking, strict=strict) == whole
@@ -153,7 +153,7 @@ def test_chunks_change_nothing_of_what_is_malformed_either(text, thinking, stric
 
 
 @given(damaged() | st.lists(PIECES, max_size=6).map("".join), st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_what_the_strict_parser_takes_the_tolerant_one_takes_unmended(text, thinking):
     try:
         turn = read(text, thinking=thinking, strict=True)

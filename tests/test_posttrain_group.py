@@ -111,6 +111,28 @@ def assert_same(found: dict[str, float], expected: dict[str, float], *, rel: flo
         assert found[name] == pytest.approx(expected[name], rel=rel, abs=1e-7), name
 
 
+def test_statistics_of_a_step_and_a_moved_reference_are_those_of_one_process(
+    group: LearnerGroup, start: Path, spec: LearnerSpec
+) -> None:
+    group.load_checkpoint(start)
+    samples, found = make_samples(MIXTURE), []
+    one = spec.build()
+    for learner in (one, group):
+        objective = learner.open_objective(GRPO_SPEC)
+        stats = learner.token_stats(samples, objective)
+        learner.update(samples, objective)
+        learner.sync_reference(0.5)
+        found.append((stats, learner.update(samples, objective)["kl_ref"]))
+        learner.close_objective(objective)
+    one.close()
+    (stats, kl), (other_stats, other_kl) = found
+    assert stats.keys() == other_stats.keys() == {sample.id for sample in samples if not sample.silent}
+    for name, each in stats.items():
+        torch.testing.assert_close(other_stats[name].logprobs, each.logprobs)
+        torch.testing.assert_close(other_stats[name].entropies, each.entropies)
+    assert other_kl == pytest.approx(kl, rel=1e-4)
+
+
 def steps(learner: AnyLearner, objective: Objective, samples: list[Sample], count: int) -> list[dict[str, float]]:
     return [learner.update(samples, objective) for _ in range(count)]
 

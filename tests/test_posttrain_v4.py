@@ -190,7 +190,12 @@ ROWS = {
     "thinking: dropping takes earlier developer messages along": (
         HIGH,
         [system("s"), developer("d"), said("c", "r"), developer("e"), said("f", "q")],
-        f"{BOS}s{ASSISTANT}{END_THINK}c{EOS}{USER}e{ASSISTANT}{THINK}q{END_THINK}f{EOS}",
+        f"{BOS}sc{EOS}{USER}e{ASSISTANT}{THINK}q{END_THINK}f{EOS}",
+    ),
+    "thinking: dropping takes a first developer message along": (
+        HIGH,
+        [developer("d"), said("c", "r"), user("e", task="query")],
+        f"{BOS}c{EOS}{USER}e{TASKS['query']}",
     ),
     "thinking: tools on any message keep it": (
         HIGH,

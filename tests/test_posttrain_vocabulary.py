@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from posttrain import models
+from posttrain.config import Model
 from posttrain.conversation.chat import ChatFormat
 from posttrain.conversation.formats import open_format
 from posttrain.conversation.v4 import V4Format
@@ -83,10 +84,12 @@ def test_a_tokenizer_keeps_what_it_has_and_remembers_the_format(tmp_path):
 def test_a_base_is_prepared_once_and_starts_a_run_under_its_own_name(tmp_path, monkeypatch):
     monkeypatch.setenv("POSTTRAIN_CACHE", str(tmp_path / "cache"))
     base = save_tiny_model(tmp_path / "base")
-    assert models.base_path(base, "template") == str(tmp_path / "base")
-    prepared = models.base_path(base, "v4")
+    assert models.base_path(Model(path=base, chat="template")) == str(tmp_path / "base")
+    prepared = models.base_path(Model(path=base, chat="v4"))
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    assert models.base_path(base, "v4") == models.base_path(prepared, "v4") == prepared
+    assert (
+        models.base_path(Model(path=base, chat="v4")) == models.base_path(Model(path=prepared, chat="v4")) == prepared
+    )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == stamps
     form = open_format(models.load_tokenizer(prepared))
     model = AutoModelForCausalLM.from_pretrained(prepared)
@@ -96,4 +99,4 @@ def test_a_base_is_prepared_once_and_starts_a_run_under_its_own_name(tmp_path, m
     assert np.isfinite(model(torch.as_tensor(ids[None].astype(np.int64))).logits.detach().numpy()).all()
     # Another content under the same name is another base.
     save_tiny_model(tmp_path / "base", seed=1)
-    assert models.base_path(base, "v4") != prepared
+    assert models.base_path(Model(path=base, chat="v4")) != prepared

@@ -232,9 +232,11 @@ class V4Format:
         segments: Segments = []
         for index, turn in enumerate(turns):
             if turn.role == "assistant":
-                shown = self.thinking and (keep or index > last) and turns[index - 1].task is None
-                segments += self._header(turns[index - 1], thinking=self.thinking and (keep or index > last))
-                segments += self._said(turn.last, thinking=shown)
+                thinking = self.thinking and (keep or index > last)
+                # What it answers is gone where that was an earlier developer message, and so is the header.
+                asked = turns[index - 1] if index and turns[index - 1].asks else None
+                segments += [] if asked is None else self._header(asked, thinking=thinking)
+                segments += self._said(turn.last, thinking=thinking and (asked is None or asked.task is None))
             else:
                 segments += _heard(turn)
         return segments
@@ -245,7 +247,7 @@ class V4Format:
         begin: Segments = [Token(tokens.ASSISTANT), Token(tokens.THINK if thinking else tokens.END_THINK)]
         if turn.task is not None:
             return [*(begin if turn.task == "action" else ()), Token(tokens.TASKS[turn.task])]
-        return begin if turn.role != "assistant" else []
+        return begin if turn.asks else []
 
     def _said(self, message: Message, *, thinking: bool) -> Segments:
         segments: Segments = []

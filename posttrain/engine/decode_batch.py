@@ -177,8 +177,10 @@ class DecodeBatch:
         self.counters.prefill_tokens += sum(min(count, row.missing) for row, count in parts)
         for row, count in [*((row, 1) for row in self._decoding), *parts]:
             row.filled += count
+        # Before drawing: a row whose first token is its last is not among those that came finished.
+        complete = [row for row in self._filling if row.complete]
         finished = self._draw(rows, logits_BV) if rows else []
-        return rows, self._let_go(finished + [row for row in self._filling if row.complete])
+        return rows, self._let_go(finished + complete)
 
     def _let_go(self, finished: list[Generation]) -> list[Generation]:
         """Take out rows that have finished; returns them in the order of their arrival."""

@@ -30,6 +30,8 @@ from posttrain.learner.policy import HeadInputs
 from posttrain.protocols import OpenTeachers, StateStore, Teacher
 from posttrain.types import IntArray, Sample
 
+_NEGATIVE = -1e-3
+"""Nats below which a divergence of whole distributions is no rounding: elsewhere such ones are clamped to 0."""
 _TILE_BYTES = 2**28
 """Of a float32 [tokens x vocabulary] tile of the losses that are not ``posttrain.divergence``'s."""
 
@@ -115,7 +117,9 @@ class DistillObjective:
 
         ``kl`` and ``kl/DOMAIN`` are the divergence in nats per token, unweighted; an unbiased estimate of it, which may
         be negative, with ``config.loss`` "sampled_token", and a lower bound with "teacher_top_k". Where no gradient is
-        wanted it is the exact reverse KL whatever is trained on, so that an evaluation compares them.
+        wanted it is the exact reverse KL whatever is trained on, so that an evaluation compares them. ``clamped_share``
+        are the tokens whose divergence is below 0 by more than rounding, or whose advantage was clipped, and
+        ``nonfinite_share`` those without a finite divergence; both are 0 unless something is wrong or clips are wanted.
 
         Raises ``ValueError`` for samples without teacher or with states of another length, and ``FloatingPointError``
         when the divergence is not finite.
@@ -138,8 +142,9 @@ class DistillObjective:
                 weights_N = weights_N * importance_N
                 metrics["importance_weight"] = _mean(importance_N)
             loss, kl_N = self._distributions(student, teacher, weights_N)
+            metrics["clamped_share"] = _mean((kl_N < _NEGATIVE).float())
         _require_finite(kl_N, batch)
-        metrics |= _kl_metrics(kl_N, batch)
+        metrics |= _kl_metrics(kl_N, batch) | {"nonfinite_share": _mean((~kl_N.isfinite()).float())}
         if drawn is not None and self.config.reward_coef > 0:
             loss = loss + self.config.reward_coef * self._reward_loss(drawn, batch, totals)
         if self.reference is not None and self.config.beta > 0:

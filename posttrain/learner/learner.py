@@ -31,6 +31,7 @@ from posttrain.learner.objectives import GrpoObjective, Objective, ObjectiveSpec
 from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
 from posttrain.learner.tally import Tally, step_metrics
+from posttrain.stability.optimizer import make_optimizer
 from posttrain.types import Sample
 
 
@@ -81,7 +82,11 @@ class Learner:
             keep_routing=keep_routing,
             seed=seed,
         )
-        self._optimizer = self._accelerator.prepare(_adamw(self.parameters(), optim))
+        if optim.anticipatory_routing is not None:
+            self._policy.anticipate_routes(optim.anticipatory_routing)
+        self._optimizer = self._accelerator.prepare(
+            make_optimizer(self.parameters(), optim, never_muon=self._policy.vocabulary_matrices())
+        )
         self._scheduler = get_scheduler(
             optim.lr_scheduler_type,
             self._optimizer,
@@ -182,7 +187,9 @@ class Learner:
         nn.utils.clip_grads_with_norm_(
             self.parameters(), self._max_grad_norm, torch.tensor(grad_norm, device=self.device)
         )
+        self._policy.before_step()
         self._optimizer.step()
+        self._policy.after_step(grad_norm)
         self.drop_gradient()
         self._scheduler.step()
         self.step += 1
@@ -265,6 +272,7 @@ class Learner:
             "scheduler": self._scheduler.state_dict(),
             "rng": rng_state(),
             "reference": self._policy.moved_reference(),
+            "older_routes": self._policy.older_routes_state(),
         }
         return save_checkpoint(root, step=self.step, state=state, caller=caller)
 
@@ -286,6 +294,7 @@ class Learner:
         self._scheduler.load_state_dict(checkpoint.state["scheduler"])
         set_rng_state(checkpoint.state["rng"])
         self._policy.restore_reference(checkpoint.state.get("reference", {}))
+        self._policy.restore_older_routes(checkpoint.state.get("older_routes"))
         self.step = checkpoint.step
         return checkpoint.caller
 
@@ -330,20 +339,6 @@ def with_loss(samples: Sequence[Sample]) -> list[Sample]:
     if not trained:
         raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
     return trained
-
-
-def _adamw(parameters: list[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not norms and biases, as the Hugging Face Trainer does."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        fused=True,
-    )
 
 
 def _check_single_process(accelerator: Accelerator) -> None:

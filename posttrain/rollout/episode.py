@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain.errors import JudgeError, SandboxError
 from posttrain.protocols import (
+    ClearsContext,
     Completer,
     ConversationFormat,
     Environment,
@@ -27,6 +28,8 @@ from posttrain.protocols import (
     Sandbox,
     Substrate,
 )
+from posttrain.rollout.clearing import ContextClearing
+from posttrain.tally import TALLY
 from posttrain.types import (
     FinishReason,
     IntArray,
@@ -142,6 +145,8 @@ class _Transcript:
     """Tokens the next turn adds before the policy speaks."""
     restarts: bool = False
     """Whether they are a new prompt in place of what came before."""
+    cleared: int = 0
+    """Turns, the oldest, that a clearing has taken something of."""
     stop: StopReason = StopReason.FINISHED
 
     def sequence(self) -> IntArray:
@@ -159,6 +164,17 @@ class _Transcript:
         self.context_ids = chat.encode_observations(observations, after=after)
         if remembered is not None:
             self.context_ids, self.restarts = np.concatenate([remembered, self.context_ids]), True
+
+    def clear(self, clearing: ContextClearing, chat: ConversationFormat, *, window: int) -> None:
+        """Go on in a new sequence without the oldest of the conversation, if the window is nearly full."""
+        for oldest in clearing.steps(len(self.turns)):
+            size = len(self.sequence())
+            if size < clearing.at * window or oldest <= self.cleared:
+                continue
+            context = clearing.context(self.prompt, self.turns, oldest, chat)
+            if len(context) < size:
+                TALLY.add("context/clearings")
+                self.context_ids, self.restarts, self.cleared = context, True, oldest
 
     def messages(self) -> list[Message]:
         """The conversation up to what the policy said last."""
@@ -196,10 +212,13 @@ async def run_rollout(
             episode = await starting if inspect.isawaitable(starting) else starting
             policy = replace(policy, chat=policy.chat.at(task.effort))
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
+            clearing = environment.clearing if isinstance(environment, ClearsContext) else None
             while await _play_turn(rollout_id, transcript, policy, episode, clock, max_turns=environment.max_turns):
                 if len(transcript.turns) == environment.max_turns:
                     transcript.stop = StopReason.TURNS
                     break
+                if clearing is not None:
+                    transcript.clear(clearing, policy.chat, window=policy.max_sequence_tokens)
             artifacts = dict(await episode.artifacts())
     except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
         if clock.expired:

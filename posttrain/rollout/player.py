@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
@@ -58,6 +58,11 @@ class Play:
     max_sequence_tokens: int
     length_penalty: Reward | None = None
     """Added to what the reward gives; a rollout without the one is not given the other."""
+    modes: Mapping[str | None, Play] = field(default_factory=dict)
+    """By the task's effort, where that makes a difference."""
+
+    def at(self, effort: str | None) -> Play:
+        return self.modes.get(effort, self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +195,12 @@ class Player:
     async def _rollout(self, job: GroupJob, index: int, stage: _Stage) -> tuple[Rollout, Score]:
         """One rollout and its score, from the record if it is there."""
         rollout_id, task = f"{job.id}/{index}", job.form(index)
+        play = job.play.at(task.effort)
         policy = Policy(
             engine=self._engine,
             chat=self._chat,
-            sampling=job.play.sampling,
-            max_sequence_tokens=job.play.max_sequence_tokens,
+            sampling=play.sampling,
+            max_sequence_tokens=play.max_sequence_tokens,
             seed=job.seed,
             player=job.player,
         )
@@ -205,7 +211,7 @@ class Player:
         async with stage.places:
             rollout = await self._attempts(replace(job, task=task), rollout_id, policy, stage)
             score = await self._score(job.play.reward, rollout, stage.boxes)
-            score = await self._penalised(job.play, rollout, score, stage.boxes)
+            score = await self._penalised(play, rollout, score, stage.boxes)
         # What the machinery failed at is left out: it deserves another try when the run is resumed.
         worked = not rollout.failed and score.status in (ScoreStatus.OK, ScoreStatus.VETOED)
         if self._outcomes is not None and worked:

@@ -182,7 +182,8 @@ def _refills(session: Session, training: Training, position: Position) -> Refill
 
 
 def _max_completion_tokens(domain: Domain) -> int:
-    generated = domain.sampling.max_tokens * domain.environment.max_turns
+    modes = (None, *domain.efforts)
+    generated = max(domain.sampling_at(mode).max_tokens for mode in modes) * domain.environment.max_turns
     return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from posttrain.config import GRPO, Distill, Recipe
+from posttrain.config import GRPO, Distill, Domain, Recipe
 from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
@@ -72,7 +73,7 @@ class Session:
 
     @cached_property
     def base_path(self) -> str:
-        return base_path(self.recipe.model.path, self.recipe.model.chat)
+        return base_path(self.recipe.model)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -141,22 +142,31 @@ class Session:
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
-        mode, sampling = domain.efforts.get(task.effort or ""), domain.sampling_at(task.effort)
-        play = Play(
-            environment=domain.environment,
-            reward=self.reward(task.domain) if scored else None,
-            sampling=_greedy(sampling) if greedy else sampling,
-            max_sequence_tokens=min(domain.window_at(task.effort), self.window),
-            length_penalty=None if mode is None or not scored else mode.length_penalty,
-        )
+        plays = {mode: self._play(domain, task, mode, scored=scored, greedy=greedy) for mode in domain.modes_of(task)}
+        if len(plays) > num_rollouts > 0:
+            weights = [domain.efforts[mode or ""].share for mode in plays]
+            (chosen,) = random.Random(f"{self.recipe.seed}/{job_id}").choices(list(plays), weights)
+            plays = {chosen: plays[chosen]}
+        forms = tuple(replace(task, effort=mode) for mode in plays)
         return GroupJob(
             id=job_id,
-            task=task,
+            task=forms[0] if len(forms) == 1 else task,
             num_rollouts=num_rollouts,
-            play=play,
+            play=replace(next(iter(plays.values())), modes=plays if len(plays) > 1 else {}),
+            variants=forms if len(forms) > 1 else (),
             seed=self.recipe.seed,
             player=player,
             route=route,
+        )
+
+    def _play(self, domain: Domain, task: Task, mode: str | None, *, scored: bool, greedy: bool) -> Play:
+        effort, sampling = domain.efforts.get(mode or ""), domain.sampling_at(mode)
+        return Play(
+            environment=domain.environment,
+            reward=self.reward(task.domain) if scored else None,
+            sampling=_greedy(sampling) if greedy else sampling,
+            max_sequence_tokens=min(domain.window_at(mode), self.window),
+            length_penalty=None if effort is None or not scored else effort.length_penalty,
         )
 
     def reward(self, domain: str) -> Reward | GroupReward:
