@@ -52,7 +52,7 @@ def merge(tmp_path: Path) -> Iterator[Merge]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_merge_killed_at_every_kind_of_place_goes_on_exactly(merge: Merge, tmp_path: Path) -> None:
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "killed"
     assert merge(undisturbed) == 0
