@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.types import TokenArrays, Tokens
+if TYPE_CHECKING:
+    from posttrain.types import Tokens
 
 MIB = 2**20
 
@@ -51,6 +52,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def random_tokens(rng: np.random.Generator, length: int, vocabulary: int, *, prompt: int) -> Tokens:
     """Random tokens of a sample, as a uniform policy would have drawn those after the prompt."""
+    # Not above: benchmarks.full_logits is timed without posttrain.
+    from posttrain.types import TokenArrays, Tokens
+
     arrays = TokenArrays(
         token_ids=rng.integers(0, vocabulary, length).astype(np.int32),
         loss_mask=np.arange(length) >= prompt,

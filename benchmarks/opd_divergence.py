@@ -3,22 +3,34 @@
     python -m benchmarks.opd_divergence [--quick] [--json FILE] [--device cpu|cuda]
 
 Every contender gets the same bfloat16 hidden states [N, d] and heads [V, d] and ends with the gradients of the
-student's two. ``floor`` is the four matrix products that none can avoid: two of logits, two of gradients.
+student's two. ``floor`` is the four matrix products that none can avoid: two of logits, two of gradients. All compute
+reverse KL; at the first shape posttrain's other divergences are timed as well.
+
+On a CPU ``import posttrain`` lets PyTorch allocate huge pages, which spares the kernel most of its work. The floor, TRL
+and "naive, huge pages" run in this process and have that advantage; ``naive`` is full logits as users know them, in a
+process of its own (see ``benchmarks.full_logits``).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.full_logits import Case, naive, seconds_in_a_plain_process
 from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds
 from posttrain.divergence import divergence_sum
 from posttrain.divergence.reference import divergence_reference
+
+Shape = tuple[int, int, int]
+Row = dict[str, Any]
+Contender = Callable[[Case], Callable[[], object]]
 
 SHAPES = {
     "cpu": [(1024, 576, 49_152), (4096, 576, 49_152), (1024, 1024, 129_280), (1024, 2048, 151_936)],
@@ -31,39 +43,13 @@ SHAPES = {
     ],
 }
 """Tokens, width and vocabulary."""
+FORMS: dict[str, dict[str, Any]] = {
+    "reverse_kl": {},
+    "forward_kl": {"divergence": "forward_kl"},
+    "jsd": {"divergence": "jsd"},
+    "capped_reverse_kl": {"teacher_logit_cap": 30.0},
+}
 QUICK_SHAPES = {"cpu": [(512, 576, 49_152)], "cuda": SHAPES["cuda"][:2]}
-
-
-@dataclass(slots=True)
-class Case:
-    """A student and a teacher that differ by about 0.2 nats."""
-
-    hidden: torch.Tensor
-    head: torch.Tensor
-    teacher_hidden: torch.Tensor
-    teacher_head: torch.Tensor
-
-    @classmethod
-    def random(cls, tokens: int, width: int, vocabulary: int, device: str, dtype: torch.dtype) -> Case:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
-
-        hidden, head = normal(tokens, width), normal(vocabulary, width) * 2 * width**-0.5
-        teacher_hidden = hidden + 0.3 * normal(tokens, width)
-        teacher_head = head + 0.1 * normal(vocabulary, width) * width**-0.5
-        student = (tensor.to(dtype).requires_grad_() for tensor in (hidden, head))
-        return cls(*student, teacher_hidden.to(dtype), teacher_head.to(dtype))
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.hidden, self.head, self.teacher_hidden, self.teacher_head
-
-    @property
-    def result_bytes(self) -> int:
-        """The two gradients and one float32 accumulator of the head's."""
-        return self.hidden.nbytes + self.head.nbytes + self.head.numel() * 4
 
 
 def floor(case: Case) -> Callable[[], object]:
@@ -81,19 +67,8 @@ def floor(case: Case) -> Callable[[], object]:
     return run
 
 
-def posttrain(case: Case) -> Callable[[], object]:
-    return _backward(case, lambda: divergence_sum(*case.inputs)[0])
-
-
-def naive(case: Case) -> Callable[[], object]:
-    def loss() -> torch.Tensor:
-        p, q = (
-            (hidden @ head.T).float().log_softmax(-1)
-            for hidden, head in ((case.hidden, case.head), (case.teacher_hidden, case.teacher_head))
-        )
-        return (p.exp() * (p - q)).sum()
-
-    return _backward(case, loss)
+def posttrain(case: Case, **form: Any) -> Callable[[], object]:
+    return case.with_gradients(lambda: divergence_sum(*case.inputs, **form)[0])
 
 
 def trl(case: Case) -> Callable[[], object]:
@@ -105,7 +80,7 @@ def trl(case: Case) -> Callable[[], object]:
         kl, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, teacher_head, None, 1.0)
         return kl.sum()
 
-    return _backward(case, loss)
+    return case.with_gradients(loss)
 
 
 def liger(case: Case) -> Callable[[], object]:
@@ -117,74 +92,85 @@ def liger(case: Case) -> Callable[[], object]:
         # No hard loss; beta 1 is the reverse KL.
         return LigerFusedLinearJSDFunction.apply(*case.inputs, labels, None, None, 0.0, 1.0, 1.0)
 
-    return _backward(case, loss)
-
-
-def _backward(case: Case, loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    def run() -> None:
-        case.hidden.grad = case.head.grad = None
-        loss().backward()
-
-    return run
+    return case.with_gradients(loss)
 
 
 def relative_error(device: str, dtype: torch.dtype) -> float:
-    """Largest relative error of KL and gradients against float64 on full logits."""
+    """Largest relative error of divergence and gradients against float64 on full logits, over all forms."""
     worst = 0.0
-    for tokens, width, vocabulary in ((67, 576, 5_003), (130, 64, 49_152)):
+    for form, (tokens, width, vocabulary) in itertools.product(FORMS.values(), ((67, 576, 5_003), (66, 64, 49_152))):
         case = Case.random(tokens, width, vocabulary, device, dtype)
-        loss, kl = divergence_sum(*case.inputs)
-        found = (kl, *torch.autograd.grad(loss, (case.hidden, case.head)))
+        loss, divergence = divergence_sum(*case.inputs, **form)
+        found = (divergence, *torch.autograd.grad(loss, (case.hidden, case.head)))
         exact = [tensor.detach().double().requires_grad_() for tensor in (case.hidden, case.head)]
-        want_kl = divergence_reference(*exact, case.teacher_hidden, case.teacher_head)
-        want = (want_kl, *torch.autograd.grad(want_kl.sum(), exact))
+        reference = divergence_reference(*exact, case.teacher_hidden, case.teacher_head, **form)
+        want = (reference, *torch.autograd.grad(reference.sum(), exact))
         worst = max(worst, *(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, want, strict=True)))
     return worst
+
+
+def measured(shape: Shape, contenders: dict[str, Contender], device: str, repeats: int) -> list[Row]:
+    """Time and memory of the floor and of each contender at one shape."""
+    case = Case.random(*shape, device, torch.bfloat16)
+    rows: list[Row] = [{"shape": shape, "name": "floor", "s": seconds(floor(case), device, repeats=repeats)}]
+    for name, make in contenders.items():
+        run = make(case)
+        taken = seconds(run, device, repeats=repeats)
+        case.hidden.grad = case.head.grad = None
+        peak = PeakMemory(device)
+        run()
+        extra = peak.mib() - case.result_bytes / MIB
+        rows.append({"shape": shape, "name": name, "s": taken, "extra_mib": extra})
+    return rows
+
+
+def print_table(rows: list[Row], device: str) -> None:
+    table = Table(title=f"divergences with gradients, bfloat16, {device}", title_justify="left")
+    for heading in ("tokens", "width", "vocabulary", "", "ms", "over floor", "extra MiB"):
+        table.add_column(heading, justify="right")
+    for shape, of_shape in itertools.groupby(rows, key=lambda row: row["shape"]):
+        group = list(of_shape)
+        for row in group:
+            cells = [f"{row['s'] * 1e3:.2f}", f"{row['s'] / group[0]['s']:.2f}"]
+            extra = f"{row['extra_mib']:,.0f}" if "extra_mib" in row else ""
+            table.add_row(*(f"{n:,}" for n in shape), row["name"], *cells, extra)
+        table.add_section()
+    Console(width=110).print(table)
 
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
     device = options.device
     shapes = (QUICK_SHAPES if options.quick else SHAPES)[device]
-    contenders: dict[str, Callable[[Case], Callable[[], object]]] = {"posttrain": posttrain, "naive": naive, "trl": trl}
+    contenders: dict[str, Contender] = {"posttrain": posttrain, "naive, huge pages": naive, "trl": trl}
     if device == "cuda" and importlib.util.find_spec("liger_kernel"):
         contenders["liger"] = liger
-    table = Table(title=f"reverse KL with gradients, bfloat16, {device}", title_justify="left")
-    for heading in ("tokens", "width", "vocabulary", "", "ms", "over floor", "extra MiB"):
-        table.add_column(heading, justify="right")
-    rows = []
+    other_forms = {name: functools.partial(posttrain, **form) for name, form in FORMS.items() if form}
     repeats = 20 if device == "cuda" else 3
+    rows = []
     for shape in shapes:
-        case = Case.random(*shape, device, torch.bfloat16)
-        lowest = seconds(floor(case), device, repeats=repeats)
-        rows.append({"shape": shape, "name": "floor", "s": lowest, "extra_mib": 0.0})
-        for name, make in contenders.items():
-            run = make(case)
-            taken = seconds(run, device, repeats=repeats)
-            case.hidden.grad = case.head.grad = None
-            peak = PeakMemory(device)
-            run()
-            extra = peak.mib() - case.result_bytes / MIB
-            rows.append({"shape": shape, "name": name, "s": taken, "extra_mib": extra})
-        for row in rows[-len(contenders) - 1 :]:
-            cells = [*(f"{n:,}" for n in shape), row["name"], f"{row['s'] * 1e3:.2f}", f"{row['s'] / lowest:.2f}"]
-            table.add_row(*cells, "" if row["name"] == "floor" else f"{row['extra_mib']:,.0f}")
-        table.add_section()
-    Console(width=110).print(table)
+        chosen = contenders | (other_forms if shape == shapes[0] else {})
+        rows += measured(shape, chosen, device, repeats)
+        rows.append({"shape": shape, "name": "naive", "s": seconds_in_a_plain_process(shape, device, repeats)})
+    print_table(rows, device)
 
-    def ratios(other: str) -> list[float]:
+    def ratios(other: str, name: str = "posttrain") -> list[float]:
         taken = {(row["shape"], row["name"]): row["s"] for row in rows}
-        return [taken[shape, "posttrain"] / taken[shape, other] for shape in shapes]
+        return [taken[shape, name] / taken[shape, other] for shape in shapes if (shape, name) in taken]
 
     metrics = [
         Metric("time_over_floor", max(ratios("floor")), "worst ratio", "<= 1.5"),
         Metric("time_over_naive", max(ratios("naive")), "worst ratio", "<= 0.5"),
+        Metric("time_over_naive_huge_pages", max(ratios("naive, huge pages")), "worst ratio", ""),
         Metric("speedup_over_trl", 1 / max(ratios("trl")), "least ratio", ">= 4"),
     ]
     if "liger" in contenders:
         metrics.append(Metric("speedup_over_liger", 1 / max(ratios("liger")), "least ratio", ""))
+    for name in other_forms:
+        metrics.append(Metric(f"{name}_time_over_floor", *ratios("floor", name), "ratio", ""))
+    extra = max(row["extra_mib"] for row in rows if row["name"] in ("posttrain", *other_forms))
     metrics += [
-        Metric("extra_mib", max(row["extra_mib"] for row in rows if row["name"] == "posttrain"), "MiB, most", "<= 256"),
+        Metric("extra_mib", extra, "MiB, most", "<= 256"),
         Metric("error_fp32", relative_error(device, torch.float32), "relative, worst", "<= 1e-5"),
         Metric("error_bf16", relative_error(device, torch.bfloat16), "relative, worst", "<= 1e-2"),
     ]

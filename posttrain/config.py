@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from posttrain.conversation.effort import check_effort
 from posttrain.errors import RecipeError
 from posttrain.protocols import (
     Environment,
@@ -23,7 +24,7 @@ from posttrain.protocols import (
     Teacher,
     TeacherLibrary,
 )
-from posttrain.types import Sampling
+from posttrain.types import Sampling, Task
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -60,14 +61,35 @@ class Model(Value):
     """Compute type of forward passes; ``auto`` is bfloat16 where the CPU or GPU multiplies it natively and the
     model is big enough to gain. Master weights are float32 always."""
     lora: Lora | None = None
+    swiglu_limit: float | None = Field(default=None, gt=0)
+    """Clamps the feed-forward layers' gate from above and their linear part on both sides (10.0 in DeepSeek-V4)."""
+    fake_quantization: Literal["mxfp4"] | None = None
+    """Compute with the experts' weights, in a dense model with those of the feed-forward layers, in MXFP4; float32
+    masters are trained. Engines, judges and teachers of this run's checkpoints use the same values."""
     chat: Literal["template", "v4"] = "template"
     """How conversations are written: by the tokenizer's chat template, or in DeepSeek-V4's wire format with DSML tool
     calls (``posttrain.conversation.v4``). A model that lacks tokens of it gets them, in a copy in the cache."""
 
 
+class AnticipatoryRouting(Value):
+    """Choose experts by older weights for a while after a spike of the gradient's norm (DeepSeek-V4)."""
+
+    lag_steps: Positive = 1
+    """Age of the weights that choose. So many copies of what is trained are kept."""
+    hold_steps: Positive = 50
+    """How many steps a spike switches it on for."""
+    window: int = Field(default=32, ge=2)
+    """Steps whose norms a spike is measured against."""
+    threshold: float = Field(default=5.0, gt=0)
+    """A spike exceeds their mean by this many standard deviations, and by half."""
+
+
 class Optim(Value):
     """AdamW and its schedule; names as in ``transformers.TrainingArguments``."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon`` for matrices, with AdamW for embeddings, head, norms and stacked experts at the same learning rate."""
+    muon_momentum: Fraction = 0.95
     learning_rate: float = Field(default=1e-5, gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
@@ -76,6 +98,8 @@ class Optim(Value):
     adam_beta2: Fraction = 0.99
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global norm."""
+    anticipatory_routing: AnticipatoryRouting | None = None
+    """For mixture-of-experts models; in GRPO only where ``keep_routing`` does not know the engine's choice."""
 
 
 class SFT(Value):
@@ -89,6 +113,15 @@ class SFT(Value):
     optim: Optim = Optim(learning_rate=1e-4, lr_scheduler_type="linear", warmup_steps=5)
     save_steps: Positive = 50
 
+    @model_validator(mode="after")
+    def _trainers_own_optimizer(self) -> Self:
+        if self.optim.optimizer != "adamw" or self.optim.anticipatory_routing is not None:
+            raise RecipeError(
+                f"sft.optim: optimizer = {self.optim.optimizer!r}, anticipatory_routing = "
+                f"{self.optim.anticipatory_routing}; expected 'adamw' and None, as SFT runs in TRL's trainer"
+            )
+        return self
+
 
 class GRPO(Value):
     """Group relative policy optimisation; fields named as in TRL's ``GRPOConfig``."""
@@ -97,24 +130,53 @@ class GRPO(Value):
     groups_per_step: Positive = 8
     """Tasks per rollout step; each gives ``num_generations`` rollouts."""
     num_generations: int = Field(default=8, ge=2)
+    max_refills: int = Field(default=0, ge=0)
+    """How often a step plays other tasks in place of those whose rollouts all earned the same, which teach nothing and
+    then leave the update altogether (DAPO's dynamic sampling, arXiv 2503.14476)."""
     num_iterations: Positive = 1
     """Passes over each rollout batch (mu in the paper)."""
     minibatches_per_step: Positive = 1
     """Optimizer steps per pass; samples are shuffled over mini-batches."""
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
-    """As in TRL. Where it divides by tokens, tokens of rollouts without any gradient are not counted, as if dynamic
-    sampling (arXiv 2503.14476) had left them out."""
+    loss_type: Literal["grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = "dapo"
+    """As in TRL, and ``gspo``: ``grpo`` with the ratio of whole sequences (arXiv 2507.18071). Where it divides by
+    tokens, tokens of rollouts without any gradient are not counted, as if dynamic sampling (arXiv 2503.14476) had left
+    them out."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """``sequence`` with ``loss_type="grpo"`` is GSPO (arXiv 2507.18071)."""
+    """Whether each token has a ratio of its own or the geometric mean of its sequence."""
+    importance_sampling_correction: (
+        Literal[
+            "token_truncate",
+            "token_mask",
+            "sequence_truncate",
+            "sequence_mask",
+            "geometric_truncate",
+            "geometric_mask",
+        ]
+        | None
+    ) = None
+    """None: the ratio is to the engine's own log-probabilities, which covers all differences at once. Otherwise the
+    ratio and its clip are to the learner's policy at the start of the step, one more forward pass, and the loss is
+    weighted by that policy over the engine's, clamped or masked: for several updates per step with an engine that
+    computes differently, such as one in lower precision. TRL's ``vllm_importance_sampling_mode``; ``geometric`` goes by
+    the mean over a sequence instead of its sum, which rises with length."""
+    importance_sampling_clip_min: float = Field(default=0.0, ge=0)
+    importance_sampling_clip_max: float = Field(default=3.0, gt=0)
+    """Bounds of the correction's weight."""
     scale_rewards: Literal["group", "batch", "none"] = "none"
     """Divisor of the centred reward; V3.2 centres only."""
     epsilon: float = Field(default=0.2, gt=0)
     epsilon_high: float | None = None
     """Upper clip; None means ``epsilon`` (for cispo it is the absolute cap of the ratio)."""
     delta: float | None = None
-    """Two-sided clip: upper bound of the ratio for negative advantages."""
+    """Upper bound of the ratio for negative advantages: the two-sided clip of INTELLECT-2, which from
+    ``1 + epsilon_high`` on is the dual clip of arXiv 1912.09729 (3.0 there)."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the model at the start of the stage."""
+    """Weight of the KL to the reference: the model at the start of the stage, or as it was last synchronised."""
+    sync_ref_model: bool = False
+    """Move the reference after every ``ref_model_sync_steps`` optimizer steps to ``alpha policy + (1 - alpha)
+    reference``, with ``alpha = ref_model_mixup_alpha`` (arXiv 2404.09656); 1 replaces it, as R1-Zero did every 400."""
+    ref_model_mixup_alpha: Fraction = 0.6
+    ref_model_sync_steps: Positive = 512
     use_bias_correction_kl: bool = True
     """Multiply K3 by the importance ratio, which makes its gradient unbiased (V3.2)."""
     off_policy_mask_threshold: float | None = None
@@ -122,10 +184,21 @@ class GRPO(Value):
     keep_sampling_mask: bool = True
     """Where sampling was truncated, compare policies over the tokens it chose from (V3.2); False: over all tokens,
     though the sampler's log-probabilities are not."""
+    keep_routing: bool = True
+    """In a mixture-of-experts model, send tokens to the experts that they went to in the engine (V3.2); without effect
+    on other models. False: wherever the learner's own rounding sends them."""
     mask_truncated_completions: bool = False
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
     entropy_coef: float = 0.0
+    """Weight of the mean entropy of all loss tokens, which is added to what is maximised."""
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
+    """Share of the step's loss tokens that the policy loss acts on: those of the highest entropy at the start of the
+    step, one more forward pass (arXiv 2506.01939, which takes 0.2). KL and entropy terms act on all."""
     max_staleness: int = Field(default=0, ge=0)
     """Steps that rollouts may run ahead of the learner. 0: every token of a step is drawn by the weights it updates.
     Otherwise rollouts and learning overlap, new weights reach rollouts in flight, a step takes the first groups that
@@ -134,6 +207,14 @@ class GRPO(Value):
     tokens_per_micro_batch: Positive = 4096
     """Token budget of one packed forward pass; the number of micro-batches follows from the work."""
     save_steps: Positive = 25
+
+    @model_validator(mode="after")
+    def _synchronises_what_it_uses(self) -> Self:
+        if self.sync_ref_model and self.beta == 0:
+            raise RecipeError(
+                "grpo.sync_ref_model is on with beta = 0, which uses no reference; set beta, or sync_ref_model to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cispo_has_a_cap(self) -> Self:
@@ -145,6 +226,17 @@ class GRPO(Value):
         return self
 
 
+class Mixture(Value):
+    """What changes in a distillation, by domain; what is not named stays as it was."""
+
+    weights: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """w_i of the objective."""
+    shares: Mapping[str, Annotated[float, Field(ge=0)]] = {}
+    """Relative shares of the rollouts; 0 leaves a domain out."""
+    # Not checked here, as in ``Domain``.
+    teachers: Mapping[str, SkipValidation[Teacher]] = {}
+
+
 class Distill(Value):
     """Multi-teacher on-policy distillation: L = sum_i w_i KL(student || teacher_i), exact over the vocabulary,
     on the student's own rollouts (DeepSeek-V4, Eq. 29)."""
@@ -154,6 +246,12 @@ class Distill(Value):
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
+    num_generations: Positive = 1
+    """Rollouts of one task, which ``reward_coef`` compares; a divisor of ``rollouts_per_step``."""
+    schedule: Mapping[int, Mixture] = {}
+    """Changes of weights, shares and teachers, by the number of steps after which they begin. A rollout keeps the
+    weight and the teacher that held when it was asked for, so that with ``max_staleness`` both mixtures are in one step
+    for a while."""
     loss: Literal["full_vocabulary", "sampled_token", "teacher_top_k"] = "full_vocabulary"
     """``full_vocabulary`` is the exact divergence. The others are what is used elsewhere, to compare with:
     ``sampled_token`` a policy gradient with log pi_T - log pi_theta of the token drawn as its advantage, in the form of
@@ -164,8 +262,10 @@ class Distill(Value):
     advantage_clip: float | None = Field(default=5.0, gt=0)
     """Bound of ``sampled_token``'s advantages, in nats (Kimi K3's R_max, whose value is not public); None for none."""
     importance_bounds: tuple[float, float] = (0.5, 5.0)
-    """``sampled_token`` weighs a token by pi_theta / mu, mu the engine that drew it, within these bounds and by 0
-    outside of them (MiMo-V2-Flash; the values are IcePop's)."""
+    """``sampled_token`` and ``reward_coef`` weigh a token by pi_theta / mu, mu the engine that drew it, within these
+    bounds and by 0 outside of them (MiMo-V2-Flash; the values are IcePop's). A divergence over the vocabulary asks
+    nothing of the token drawn, but the text before it was drawn by mu: with ``max_staleness`` it is weighed by the
+    product of pi_theta / mu over the tokens before it in the rollout, cut off at these bounds."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
     arXiv 2306.13649). ``sampled_token`` estimates the first only."""
@@ -176,6 +276,20 @@ class Distill(Value):
     reduction: Literal["token", "sequence"] = "token"
     """Mean over the tokens of a step, or over its rollouts of each one's token mean, which gives a token of a short
     rollout more weight."""
+    rescale_domains: bool = False
+    """Multiply a domain's loss by clip(sigma_all / sigma_d, 0.25, 4), sigma the standard deviation of
+    log pi_T - log mu over the tokens drawn in all domains and in this one, so that no teacher outweighs the others by
+    the scale of what it says (DN-MOPD, https://github.com/LiXin97/DN-MOPD). A running estimate from the steps before,
+    where DN-MOPD uses the step itself. Costs one more product with the teacher's head."""
+    reward_coef: float = Field(default=0.0, ge=0)
+    """Weight of a policy gradient on the domain's own reward, with the group-relative advantages of GRPO (the alpha of
+    MOPD's outcome reward); 0 plays without scoring. A rollout that cannot be scored is distilled all the same."""
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    """As in ``GRPO``."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the exact KL to the model at the start of the stage."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Steps that rollouts may run ahead of the learner, as in ``GRPO``."""
     rollouts_from: Literal["student", "teachers"] = "student"
     """Who plays the rollouts that are learned from. ``teachers`` is off-policy distillation, as of V3.2's specialist
     data: each domain's specialist plays its tasks."""
@@ -196,6 +310,26 @@ class Distill(Value):
         return self
 
     @model_validator(mode="after")
+    def _groups_fill_a_step(self) -> Self:
+        if self.rollouts_per_step % self.num_generations or (self.reward_coef > 0 and self.num_generations < 2):
+            raise RecipeError(
+                f"distill.num_generations = {self.num_generations}, rollouts_per_step = {self.rollouts_per_step}, "
+                f"reward_coef = {self.reward_coef}: expected a divisor of rollouts_per_step, and at least 2 with a "
+                "reward, whose advantages compare the rollouts of a task; change them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_happen(self) -> Self:
+        late = [step for step in self.schedule if not 0 < step < self.max_steps]
+        if late:
+            raise RecipeError(
+                f"distill.schedule has a change after {late[0]} steps: expected 1 to {self.max_steps - 1}, within the "
+                f"stage's max_steps = {self.max_steps}; what holds from the start belongs into the domains"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_token_shows_one_divergence(self) -> Self:
         if self.loss == "sampled_token" and self.divergence != "reverse_kl":
             raise RecipeError(
@@ -206,10 +340,18 @@ class Distill(Value):
 
     @model_validator(mode="after")
     def _samples_its_own_tokens(self) -> Self:
-        if self.loss == "sampled_token" and self.rollouts_from == "teachers":
+        asked = {
+            "loss = 'sampled_token'": self.loss == "sampled_token",
+            "reward_coef": self.reward_coef > 0,
+            "max_staleness": self.max_staleness > 0,
+            "rescale_domains": self.rescale_domains,
+            "teachers in its schedule": any(mixture.teachers for mixture in self.schedule.values()),
+        }
+        wanted = [name for name, is_wanted in asked.items() if is_wanted]
+        if wanted and self.rollouts_from == "teachers":
             raise RecipeError(
-                "distill.rollouts_from = 'teachers' with loss = 'sampled_token': expected rollouts of the student, "
-                "whose tokens its advantages are of; change one of the two"
+                f"distill.rollouts_from = 'teachers' with {wanted[0]}: expected rollouts of the student, whose tokens "
+                "it is about; change one of the two"
             )
         return self
 
@@ -324,6 +466,18 @@ class JudgeTraining(Value):
     """The monitor's ``bias`` (mean score less the true share) above which the report warns of a lenient judge."""
 
 
+class Effort(Value):
+    """How one effort mode of a domain is played; what is None is the domain's own."""
+
+    sampling: Sampling | None = None
+    max_sequence_tokens: Positive | None = None
+    """Context window of the mode, prompt and all turns."""
+    length_penalty: Reward | None = None
+    """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
+    share: float = Field(default=1.0, gt=0)
+    """Relative share of this mode where a task has fewer rollouts than there are modes, as in the merge."""
+
+
 class Domain(Value):
     """One skill: its tasks, how they are played and scored, and how its specialist is trained."""
 
@@ -344,6 +498,40 @@ class Domain(Value):
     """Relative share of this domain's rollouts in OPD."""
     max_sequence_tokens: Positive = 1024
     """Window of a whole episode, prompt and all turns; the model's own where that is shorter."""
+    efforts: Mapping[str, Effort] = {}
+    """How long to think, by mode of ``posttrain.conversation.effort``, of tasks that do not say it themselves: the
+    rollouts of a group, and the demonstrations, take the modes in turn. Empty leaves it to the chat format."""
+
+    @model_validator(mode="after")
+    def _modes_fit_together(self) -> Self:
+        for effort in self.efforts:
+            temperature = self.sampling_at(check_effort(effort)).temperature
+            if temperature != self.sampling.temperature:
+                raise RecipeError(
+                    f"domain: efforts[{effort!r}].sampling.temperature = {temperature}: expected that of the domain, "
+                    f"{self.sampling.temperature}, since the learner has one; change it"
+                )
+        generations = self.grpo.num_generations if self.grpo is not None else 2 * len(self.efforts)
+        if self.efforts and (generations % len(self.efforts) or generations < 2 * len(self.efforts)):
+            raise RecipeError(
+                f"domain: grpo.num_generations = {generations} with {len(self.efforts)} efforts: expected a multiple "
+                "of their number, two a mode at least, since each has a baseline of its own; change it"
+            )
+        return self
+
+    def modes_of(self, task: Task) -> tuple[str | None, ...]:
+        """The effort modes a task is played in: its own, or those of the domain."""
+        return (task.effort,) if task.effort is not None or not self.efforts else tuple(self.efforts)
+
+    def sampling_at(self, effort: str | None) -> Sampling:
+        """How tokens are drawn in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.sampling if mode is None or mode.sampling is None else mode.sampling
+
+    def window_at(self, effort: str | None) -> int:
+        """The window of an episode in an effort mode."""
+        mode = self.efforts.get(effort or "")
+        return self.max_sequence_tokens if mode is None else mode.max_sequence_tokens or self.max_sequence_tokens
 
     @model_validator(mode="after")
     def _one_source_of_skill(self) -> Self:
@@ -376,3 +564,29 @@ class Recipe(Value):
     judge_lag_steps: Positive = 10
     """Age, in learner steps, of the policy snapshot that answers as judge."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _scheduled_domains_exist(self) -> Self:
+        if not isinstance(self.distill, Distill) or not self.distill.schedule:
+            return self
+        shares = {name: domain.share for name, domain in self.domains.items()}
+        for step, mixture in sorted(self.distill.schedule.items()):
+            strangers = ({*mixture.weights} | {*mixture.shares} | {*mixture.teachers}) - {*self.domains}
+            if strangers:
+                raise RecipeError(
+                    f"distill.schedule[{step}] names {min(strangers)!r}; expected domains: {sorted(self.domains)}"
+                )
+            shares |= mixture.shares
+            if not any(shares.values()):
+                raise RecipeError(f"distill.schedule[{step}].shares: all are 0; expected a domain to learn from")
+        if self.distill.rollouts_per_step < len(self.domains) * self.distill.num_generations:
+            raise RecipeError(
+                f"distill.rollouts_per_step = {self.distill.rollouts_per_step} with a schedule: expected room for a "
+                f"group of every domain, {len(self.domains) * self.distill.num_generations}; raise it"
+            )
+        return self
+
+    def grpo_settings(self) -> list[GRPO]:
+        """Of all stages that train with it."""
+        found = [domain.grpo for domain in self.domains.values() if domain.grpo is not None]
+        return [*found, self.distill.grpo] if isinstance(self.distill, MixedRL) else found

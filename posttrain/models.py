@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from posttrain.checkpoint_files import fetch, is_url
+from posttrain.config import Model
 from posttrain.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,9 +30,12 @@ core took 0.85x of float32's time at 4 million parameters and 0.49x at 135 milli
 def resolve_path(path: str) -> str:
     """What ``from_pretrained`` takes for a path written as in ``posttrain.config.Model.path``.
 
-    Local folders and package paths become absolute; a hub name stays as it is; a ``.gguf`` file becomes the folder of
-    a plain float32 checkpoint, converted on first use. Raises ``RecipeError`` naming what was looked for.
+    Local folders and package paths become absolute; a hub name stays as it is; what lies at an fsspec URL is fetched
+    on first use; a ``.gguf`` file becomes the folder of a plain float32 checkpoint, converted on first use. Raises
+    ``RecipeError`` naming what was looked for.
     """
+    if is_url(path):
+        return _checkpoint(fetch(path, cache_dir()), path)
     if path.startswith(_PACKAGE):
         return _checkpoint(_inside_package(path), path)
     local = Path(path).expanduser()
@@ -40,15 +46,45 @@ def resolve_path(path: str) -> str:
     if _looks_local(path) or path.count("/") > 1 or path.endswith(_GGUF):
         raise RecipeError(
             f"model path {path!r}: nothing at {local.absolute()}; expected a folder with config.json, a .gguf file, a "
-            "hub name such as org/name, or package:IMPORT/sub/path; correct the path or make the checkpoint first"
+            "hub name such as org/name, an fsspec URL, or package:IMPORT/sub/path; correct the path or make the "
+            "checkpoint first"
         )
     return path
 
 
-def base_path(path: str, chat: Literal["template", "v4"]) -> str:
-    """Where the checkpoint is that a run starts from. For ``v4`` one whose tokenizer writes the V4 format: the given
-    one, or a copy of it in the cache that got the tokens it lacked, made on first use."""
-    resolved = resolve_path(path)
+def base_path(model: Model) -> str:
+    """Where the checkpoint is that a run starts from: the given one, or a copy of it in the cache, made on first use,
+    that got what the recipe asks for: tokens of the V4 format, or stability options in its config."""
+    from posttrain.stability.layers import QUANTISATION, SWIGLU_LIMIT, use_stable_layers
+
+    path = _with_chat(resolve_path(model.path), model.chat)
+    wanted = {SWIGLU_LIMIT: model.swiglu_limit, QUANTISATION: model.fake_quantization}
+    entries = {name: value for name, value in wanted.items() if value is not None}
+    if not entries:
+        return path
+
+    def prepare(folder: Path) -> None:
+        import torch
+
+        loaded = load_model(path, torch.float32)
+        loaded.config.update(entries)
+        use_stable_layers(loaded)
+        loaded.save_pretrained(folder)
+        load_tokenizer(path).save_pretrained(folder)
+
+    chosen = "-".join(str(value) for value in entries.values())
+    return str(_made(cache_dir() / "stable" / f"{Path(path).name}-{chosen}-{_content_hash(Path(path))}", prepare))
+
+
+def resolve_folder(path: str, *, holding: str) -> str:
+    """A local folder with a file named ``holding``, such as an adapter's, from a path or an fsspec URL."""
+    folder = fetch(path, cache_dir()) if is_url(path) else Path(path).expanduser()
+    if not (folder / holding).is_file():
+        raise RecipeError(f"path {path!r}: {folder} holds no {holding}; expected a folder with one; correct the path")
+    return str(folder)
+
+
+def _with_chat(resolved: str, chat: Literal["template", "v4"]) -> str:
     if chat == "template":
         return resolved
     from posttrain.conversation.vocabulary import CHAT_FORMAT, prepare_model, prepare_tokenizer
@@ -70,15 +106,20 @@ def base_path(path: str, chat: Literal["template", "v4"]) -> str:
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
-    """A causal language model in the given type, in host memory. ``path`` as for ``resolve_path``."""
+    """A causal language model in the given type, in host memory, that computes as its config says
+    (``posttrain.stability.layers``). ``path`` as for ``resolve_path``."""
     from transformers import AutoModelForCausalLM
 
+    from posttrain.stability.layers import use_stable_layers
+
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             resolve_path(path), dtype=dtype, attn_implementation=attn_implementation
         )
     except OSError as error:
         raise _unloadable(path, "model", error) from error
+    use_stable_layers(model)
+    return model
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -99,6 +140,15 @@ def context_window(path: str) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(resolve_path(path)).get_text_config().max_position_embeddings)
+
+
+def has_experts(path: str) -> bool:
+    """Whether a model is a mixture of experts, from its config."""
+    from transformers import AutoConfig
+
+    from posttrain.routing import has_experts
+
+    return has_experts(AutoConfig.from_pretrained(resolve_path(path)))
 
 
 def has_native_bf16() -> bool:
@@ -176,8 +226,8 @@ def _hub_file(path: str) -> Path:
 
 def _converted(gguf: Path) -> str:
     """The folder of the plain checkpoint made from a GGUF file, made now if it is not there."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    stat = gguf.stat()
+    digest = _digest(gguf, stat.st_size, stat.st_mtime_ns)
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
     return str(_made(target, lambda folder: _convert(gguf, folder)))
 
@@ -210,6 +260,12 @@ def _content_hash(folder: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache
+def _digest(file: Path, _size: int, _mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _convert(gguf: Path, folder: Path) -> None:

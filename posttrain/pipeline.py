@@ -108,9 +108,10 @@ def _run_stage(session: Session, stage: Stage) -> None:
         directory.mark_done({"seconds": time.monotonic() - begun})
     elif any(e["kind"] == EventKind.STAGE_FINISHED and e["stage"] == stage.name for e in session.run.read_events()):
         return
-    # Only an unfinished stage resumes; its optimizer states, judges and rollouts are the bulk of what a run writes.
+    # Only an unfinished stage resumes; its optimizer and teacher states, judges and rollouts are the bulk of what a run
+    # writes.
     outcomes = session.run.rollouts / "outcomes" / stage.name
-    for folder in (directory.checkpoints, directory.judges, outcomes):
+    for folder in (directory.checkpoints, directory.judges, directory.states, outcomes):
         shutil.rmtree(folder, ignore_errors=True)
     session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
 

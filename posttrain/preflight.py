@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
@@ -19,36 +21,67 @@ PROBED_TASKS = 64
 def check_recipe(recipe: Recipe) -> None:
     """Model, tokenizer, tasks, windows and sandbox, in the order in which a run would meet them."""
     from posttrain.conversation.formats import open_format
-    from posttrain.models import base_path, context_window, load_tokenizer
+    from posttrain.models import base_path, context_window, has_experts, load_tokenizer
 
-    base = base_path(recipe.model.path, recipe.model.chat)
+    base = base_path(recipe.model)
     chat, window = open_format(load_tokenizer(base)), context_window(base)
-    if recipe.model.lora is not None and importlib.util.find_spec("peft") is None:
-        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
-    if recipe.workers.engine == "vllm":
-        _check_vllm(recipe)
+    _check_lora(recipe)
+    _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
         for task in tasks:
-            _check_window(
-                name, domain, task, window=window, prompt_tokens=len(chat.at(task.effort).encode_prompt(task.prompt))
-            )
+            for mode in domain.modes_of(task):
+                form, length = replace(task, effort=mode), len(chat.at(mode).encode_prompt(task.prompt))
+                _check_window(name, domain, form, window=window, prompt_tokens=length)
         for form in _judge_prompts(name, domain):
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
         _check_specialist(recipe, name, domain)
         if isinstance(recipe.distill, Distill):
-            _check_distill(name, domain, recipe.distill)
+            _check_distill(name, domain, recipe.distill, chat)
         if domain.teacher is not None:
             _check_teacher(name, domain.teacher, chat)
+        if domain.grpo is not None:
+            _check_grpo(f"domains.{name}.grpo", domain.grpo, recipe)
     if isinstance(recipe.distill, MixedRL):
         _check_mixture(recipe)
+        _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
 
 
-def _check_vllm(recipe: Recipe) -> None:
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.model.lora is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError("model.lora is set but peft is missing; pip install 'posttrain[peft]', or set lora to none")
+    if recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.fake_quantization is set with model.lora, whose base is not trained: expected one of the two; set "
+            "one of them to none"
+        )
+
+
+def _check_workers(recipe: Recipe, *, has_experts: bool) -> None:
+    if recipe.workers.engine == "vllm":
+        _check_vllm(recipe, has_experts=has_experts)
+    if recipe.workers.num_learners > 1:
+        _check_learners(recipe)
+
+
+def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise RecipeError("workers.engine = 'vllm' but vLLM is missing; pip install 'posttrain[vllm]'")
+    if has_experts and any(grpo.keep_routing for grpo in recipe.grpo_settings()):
+        raise RecipeError(
+            "grpo.keep_routing is on with a mixture-of-experts model and workers.engine = 'vllm', which does not say "
+            "which experts tokens went to: expected one or the other; set keep_routing to false, or engine to "
+            "'transformers'"
+        )
+    if recipe.model.swiglu_limit is not None or recipe.model.fake_quantization is not None:
+        raise RecipeError(
+            "model.swiglu_limit or model.fake_quantization is set with workers.engine = 'vllm', which computes without "
+            "them: expected one or the other; leave them unset, or set engine to 'transformers'"
+        )
     unbounded = [name for name, domain in recipe.domains.items() if not domain.sampling.top_k]
     if unbounded and any(domain.sampling.truncates for domain in recipe.domains.values()):
         raise RecipeError(
@@ -76,6 +109,14 @@ def _check_specialist(recipe: Recipe, name: str, domain: Domain) -> None:
         )
 
 
+def _check_grpo(place: str, config: GRPO, recipe: Recipe) -> None:
+    if config.sync_ref_model and recipe.model.lora is not None:
+        raise RecipeError(
+            f"{place}.sync_ref_model is on with model.lora, whose reference is the model without its adapters: "
+            "expected one of the two; set sync_ref_model to false"
+        )
+
+
 def _check_mixture(recipe: Recipe) -> None:
     assert isinstance(recipe.distill, MixedRL)
     temperatures = {name: domain.sampling.temperature for name, domain in recipe.domains.items()}
@@ -86,6 +127,23 @@ def _check_mixture(recipe: Recipe) -> None:
         )
     for name, domain in recipe.domains.items():
         _check_sampling(name, domain, recipe.distill.grpo)
+
+
+def _check_learners(recipe: Recipe) -> None:
+    import torch
+
+    count, devices = recipe.workers.num_learners, torch.cuda.device_count()
+    available, what = (devices, "GPUs") if devices else (len(os.sched_getaffinity(0)), "cores")
+    if count > available:
+        raise RecipeError(
+            f"workers.num_learners = {count} but this machine offers {available} {what}; expected at most one learner "
+            "process for each; lower it"
+        )
+    if isinstance(recipe.distill, Distill) and getattr(recipe.distill.teachers, "states", None) == "ray":
+        raise RecipeError(
+            f"workers.num_learners = {count} and distill.teachers.states = 'ray': only the first learner process is "
+            "connected to Ray; set distill.teachers.states to files"
+        )
 
 
 def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
@@ -144,10 +202,10 @@ def _judge_prompts(name: str, domain: Domain) -> list[Task]:
 
 
 def _check_window(name: str, domain: Domain, task: Task, *, window: int, prompt_tokens: int) -> None:
-    if prompt_tokens >= domain.max_sequence_tokens:
+    if prompt_tokens >= domain.window_at(task.effort):
         raise RecipeError(
             f"domains.{name}: the prompt of task {task.id!r} has {prompt_tokens} tokens but max_sequence_tokens is "
-            f"{domain.max_sequence_tokens}, which leaves no room to answer; raise "
+            f"{domain.window_at(task.effort)}, which leaves no room to answer; raise "
             f"domains.{name}.max_sequence_tokens or drop the task"
         )
     if prompt_tokens >= window:
@@ -167,10 +225,10 @@ def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed
         _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
+        from posttrain.stages.sft import demonstrations_of
 
         try:
-            demonstrations = domain.tasks.demonstrations(count=domain.sft.num_demonstrations, seed=seed)
-            encode_demonstrations(demonstrations, chat, domain.sft.max_length)
+            encode_demonstrations(demonstrations_of(domain, domain.sft, seed), chat, domain.sft.max_length)
         except RecipeError as error:
             raise RecipeError(f"domains.{name}.sft: {error}") from error
 
@@ -190,8 +248,22 @@ def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
         )
 
 
-def _check_distill(name: str, domain: Domain, config: Distill) -> None:
+def _check_distill(name: str, domain: Domain, config: Distill, chat: ConversationFormat) -> None:
+    for mixture in config.schedule.values():
+        if name in mixture.teachers:
+            _check_teacher(name, mixture.teachers[name], chat)
+    if config.reward_coef > 0 and asks_policy(domain.reward):
+        raise RecipeError(
+            f"domains.{name}.reward asks the policy itself, with distill.reward_coef = {config.reward_coef}: expected "
+            "a reward with another judge, since a distillation keeps no snapshot that judges; set its judge, or "
+            "reward_coef to 0"
+        )
     temperature = domain.sampling.temperature
+    if temperature == 0 and (config.reward_coef > 0 or config.max_staleness > 0 or config.rescale_domains):
+        raise RecipeError(
+            f"domains.{name}.sampling.temperature = 0: expected a temperature > 0 with distill.reward_coef, "
+            "max_staleness or rescale_domains, which need the probabilities tokens were drawn with; set it to 1"
+        )
     if config.loss == "sampled_token" and temperature != config.temperature:
         raise RecipeError(
             f"domains.{name}.sampling.temperature = {temperature} with distill.loss = 'sampled_token': expected "
@@ -221,6 +293,8 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
 
     num_parameters = load_model(recipe.model.path, torch.bfloat16).num_parameters()
     trained = 1 if recipe.model.lora is None else 0
+    moves_reference = any(grpo.sync_ref_model for grpo in recipe.grpo_settings())
+    checkpoint_bytes = 16 if moves_reference else 12
     num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
     num_judges = max(
         d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
@@ -228,7 +302,7 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
         num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)
     num_models = max(0, num_stages - finished_stages) + num_judges
-    return num_parameters * (4 * num_models + 3 * 12 * trained) + (64 << 20)
+    return num_parameters * (4 * num_models + 3 * checkpoint_bytes * trained) + (64 << 20)
 
 
 def _asks_policy(domain: Domain) -> bool:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from posttrain.rollout.clearing import ContextClearing
+
 
 class ConversationFormat(Protocol):
     """Messages as token ids, and what was generated as text. A conversation grows as tokens: the encoded prompt, what
@@ -68,6 +70,11 @@ class ConversationFormat(Protocol):
     def encode_observations(self, messages: Sequence[Message], *, after: Sequence[Message] = ()) -> IntArray:
         """Tokens between an assistant's end-of-turn token and its next turn, shape [T]; ``after`` is the conversation
         before them. ``RecipeError`` where nothing can be appended."""
+        ...
+
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> IntArray | None:
+        """The tokens of the conversation ``after`` without what the format drops of it when these messages follow it;
+        None where it drops nothing. A rollout goes on from them as from a new prompt."""
         ...
 
     def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
@@ -242,6 +249,16 @@ class Environment(Protocol):
 
 
 @runtime_checkable
+class ClearsContext(Environment, Protocol):
+    """An environment whose episodes may forget a part of the conversation and go on."""
+
+    @property
+    def clearing(self) -> ContextClearing | None:
+        """When and what; None: never."""
+        ...
+
+
+@runtime_checkable
 class Reward(Protocol):
     """Scores one rollout. Anything with this method is a reward."""
 
@@ -398,7 +415,8 @@ class TeacherModel(Protocol):
         ...
 
     def hidden_states(self, sequences: Sequence[IntArray]) -> Sequence[torch.Tensor]:
-        """The states that enter the head (after the final norm), one [T, D_teacher] tensor per sequence."""
+        """The states that enter the head, one [T, D_teacher] tensor per sequence: after the final norm, and times the
+        teacher's logit scale if it has one."""
         ...
 
     def close(self) -> None:
@@ -493,7 +511,14 @@ class OpenTeachers(Protocol):
         ...
 
     def head(self, name: str) -> torch.Tensor:
-        """The output projection of a teacher, [V, D_teacher]; at most one is on the device."""
+        """The output projection of a teacher, [V, D_teacher]; at most one is on the device.
+
+        Ask in the order of names, and the next one is read meanwhile.
+        """
+        ...
+
+    def logit_cap(self, name: str) -> float | None:
+        """c where a teacher's logits are ``c tanh(head @ state / c)``; None where they are head @ state."""
         ...
 
 

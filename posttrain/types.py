@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+RouteArray = npt.NDArray[np.int16]
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -135,6 +136,8 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
     """JSON schema of its arguments, an object."""
+    concurrent: bool = False
+    """Whether calls of it may run at once: it changes nothing that another call could notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +298,13 @@ class Completion:
     finish: FinishReason
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per generated token."""
+    routes: RouteArray | None = None
+    """Where the engine records them, the experts [S, layers, experts per token] of the last S tokens of prompt and
+    completion but for the very last: of the states that its tokens were drawn from. -1: unknown."""
+
+    def after(self, size: int) -> Completion:
+        """The same with routes only of its own tokens and the ``size`` before them, but for the last."""
+        return self if self.routes is None else replace(self, routes=self.routes[-(size + len(self.token_ids)) :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +313,8 @@ class Turn:
 
     ``context_ids`` are the tokens added since the previous turn (the whole prompt on the first turn,
     the encoded observations and the generation prompt later), so concatenating context and completion
-    over the turns gives exactly the sequence the policy saw. Text is never re-tokenised.
+    over the turns gives exactly the sequence the policy saw, or several where a turn ``restarts``. Text is never
+    re-tokenised.
     """
 
     context_ids: IntArray
@@ -311,6 +322,9 @@ class Turn:
     text: str
     """The decoded completion without its end-of-turn token."""
     observations: tuple[Message, ...] = ()
+    restarts: bool = False
+    """Whether ``context_ids`` is a whole new prompt in place of all that came before, such as one without the reasoning
+    of earlier turns: then the policy saw nothing but it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,10 +340,15 @@ class TokenArrays:
     """Weight version of each generated token; read only where ``loss_mask`` is True."""
     kept: KeptTokens | None = None
     """Where sampling was truncated, the tokens it chose from, one position per token."""
+    starts: IntArray | None = None
+    """Of a rollout that began anew (``Turn.restarts``), where each of its sequences begins, 0 first, shape [sequences];
+    tokens attend within their own. None: it is one sequence."""
+    routes: RouteArray | None = None
+    """[T, layers, experts per token]: the experts each token went to in a mixture of experts; -1: unknown."""
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
-        for name in ("loss_mask", "logprobs", "versions", "kept"):
+        for name in ("loss_mask", "logprobs", "versions", "kept", "routes"):
             value = getattr(self, name)
             if value is not None and len(value) != size:
                 raise ValueError(
@@ -337,7 +356,10 @@ class TokenArrays:
                     "of the wrong length is never padded, since a shifted one trains on the wrong tokens; "
                     "fix the environment or engine that produced it"
                 )
-        if size and self.loss_mask[0]:
+        starts = np.zeros(1, np.int32) if self.starts is None else self.starts
+        if size and (starts[0] != 0 or np.any(np.diff(starts) < 1) or starts[-1] >= size):
+            raise ValueError(f"TokenArrays.starts = {starts.tolist()} of {size} tokens: expected 0, rising, below that")
+        if size and np.any(self.loss_mask[starts]):
             raise ValueError(
                 "TokenArrays.loss_mask is True at position 0, but the first token has no context to be predicted "
                 "from; give the prompt at least one token"
@@ -345,6 +367,12 @@ class TokenArrays:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        ends = [] if self.starts is None else self.starts[1:].tolist()
+        return np.diff([0, *ends, len(self)]).tolist()
 
     @classmethod
     def unsampled(cls, token_ids: IntArray) -> TokenArrays:
@@ -362,6 +390,10 @@ class TokenArrays:
         parts = {name: getattr(self, name) for name in ("token_ids", "loss_mask", "logprobs", "versions")}
         if self.kept is not None:
             parts |= {"kept_ids": self.kept.ids, "kept_offsets": self.kept.offsets}
+        if self.starts is not None:
+            parts["starts"] = self.starts
+        if self.routes is not None:
+            parts["routes"] = self.routes
         return parts
 
     @classmethod
@@ -501,6 +533,30 @@ class Rollout:
             rows += [None if kept is None else kept.at(i) for i in range(len(turn.completion.token_ids))]
         return KeptTokens.of(rows)
 
+    @cached_property
+    def routes(self) -> RouteArray | None:
+        """The experts each token went to, [T, layers, experts per token], -1 where that is not known; None where it is
+        known of no token."""
+        known = [turn.completion.routes for turn in self.turns]
+        like = next((each for each in known if each is not None), None)
+        if like is None:
+            return None
+        routes = np.full((len(self.token_ids), *like.shape[1:]), -1, np.int16)
+        stop = -1
+        for turn, found in zip(self.turns, known, strict=True):
+            stop += len(turn.context_ids) + len(turn.completion.token_ids)
+            if found is not None:
+                routes[stop - len(found) : stop] = found
+        return routes
+
+    @property
+    def starts(self) -> IntArray | None:
+        """Where the sequences of a rollout begin that began anew; None where it is one."""
+        if not any(turn.restarts for turn in self.turns):
+            return None
+        ends = np.cumsum([0, *(len(t.context_ids) + len(t.completion.token_ids) for t in self.turns)])
+        return np.array([0, *(end for end, t in zip(ends, self.turns, strict=False) if t.restarts)], np.int32)
+
     @property
     def num_generated(self) -> int:
         return sum(len(t.completion.token_ids) for t in self.turns)
@@ -519,6 +575,8 @@ class Rollout:
                 logprobs=self.logprobs,
                 versions=self.versions,
                 kept=self.kept,
+                starts=self.starts,
+                routes=self.routes,
             )
         except ValueError as error:
             raise ValueError(f"Rollout {self.id!r}: {error}") from error
@@ -619,6 +677,16 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Whom a rollout is distilled from; decided when it is asked for, since both may change while it is played."""
+
+    teacher: str
+    """Name of the teacher."""
+    weight: float = 1.0
+    """Its weight w_i in the OPD objective."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """The rollouts of one task with their scores, index by index."""
 
@@ -626,6 +694,8 @@ class Group:
     rollouts: tuple[AnyRollout, ...]
     """Whole where they were played, light where their group has gone to."""
     scores: tuple[Score, ...]
+    route: Route | None = None
+    """Of a distillation."""
 
     def __post_init__(self) -> None:
         if len(self.rollouts) != len(self.scores):
@@ -633,6 +703,16 @@ class Group:
                 f"Group of task {self.task.id!r}: {len(self.rollouts)} rollouts but {len(self.scores)} scores; "
                 "every rollout needs exactly one score"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStart:
+    """What the policy at the start of a step says of a sample's loss tokens, in order."""
+
+    logprobs: FloatArray
+    """[L], as the learner computes them."""
+    high_entropy: BoolArray
+    """[L]: where the policy loss acts (``GRPO.top_entropy_quantile``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -651,6 +731,8 @@ class Sample:
     truncated: bool = False
     silent: bool = False
     """Counts as a sample of its mini-batch although none of its tokens carries loss."""
+    start: StepStart | None = None
+    """Where a term of the loss compares with the policy at the start of the step."""
 
     def __len__(self) -> int:
         return self.tokens.num_tokens

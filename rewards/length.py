@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from posttrain.conversation.effort import HIGH, MIN_BUDGET, budget_of
 from posttrain.errors import RecipeError
 from posttrain.protocols import Reward, Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score
@@ -31,6 +32,42 @@ class OverlongPenalty:
         free = self.max_tokens - self.cache_tokens
         value = min(0.0, max(-1.0, (free - length) / self.cache_tokens))
         return Score(value=value, explanation=f"{length} tokens, {free} of them free.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffortPenalty:
+    """The effort-conditioned length penalty of V4.1 (arXiv 2609.19969): - min(C_max, k(b) * length / L_norm) with
+    k(b) = k0 * exp(-(b - b_min) / tau), so that the less effort b is asked for, the more each token costs.
+
+    b is the task's scalar effort, for a mode what ``posttrain.conversation.effort.BUDGETS`` says, and ``high`` for a
+    task without effort. Advantages have to be normalised within one prompt and effort. k0, tau, L_norm and C_max were
+    not published. Add it to a reward for being right.
+    """
+
+    normal_tokens: int
+    """L_norm: the length that costs k(b)."""
+    k0: float = 0.5
+    """What a response of that length costs at the least effort."""
+    tau: float = 30.0
+    """Budget points over which the price falls to 1/e."""
+    max_penalty: float = 1.0
+    """C_max."""
+    least_budget: int = MIN_BUDGET
+    """b_min."""
+
+    def __post_init__(self) -> None:
+        if self.normal_tokens < 1 or min(self.k0, self.tau, self.max_penalty) <= 0:
+            raise RecipeError(
+                f"EffortPenalty: normal_tokens = {self.normal_tokens}, k0 = {self.k0}, tau = {self.tau}, max_penalty = "
+                f"{self.max_penalty}; expected all of them above 0"
+            )
+
+    async def score(self, rollout: Rollout, sandbox: Sandbox | None = None) -> Score:
+        effort = budget_of(rollout.task.effort or HIGH)
+        price = self.k0 * math.exp(-(effort - self.least_budget) / self.tau)
+        length = rollout.num_generated
+        value = -min(self.max_penalty, price * length / self.normal_tokens)
+        return Score(value=value, explanation=f"{length} tokens at effort {effort}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,7 +179,10 @@ async def commands_of_a_user_end_apart(sandbox: Sandbox) -> None:
 async def a_users_bomb_spares_its_neighbours(sandbox: Sandbox) -> None:
     """What forks faster than it is looked for ends in time, while a neighbour of the same user goes on."""
     box = agent_box(sandbox)
-    async with await box.spawn("sleep 60 & cat", user="alice") as neighbour:
+    async with await box.spawn("sleep 60 & exec cat", user="alice") as neighbour:
+        # Before the bomb takes every process slot.
+        while not await _sleeping(box):
+            await asyncio.sleep(0.05)
         for bomb in (["sh", "-c", "b() { b | b & }; b; while :; do :; done"], ["python3", "-I", "-S", "-c", RUNS_ON]):
             started = time.monotonic()
             await box.exec(bomb, user="alice", timeout_s=0.7)

@@ -208,18 +208,13 @@ class BoxToolSession:
             return f"(the file has only {len(lines)} lines)"
         first = arguments.first_line - 1
         last = len(lines) if arguments.num_lines is None else first + arguments.num_lines
-        return _numbered(lines, first, last)
+        return numbered(lines, first, last)
 
     async def _edit(self, arguments: Edit) -> str:
         text = await self._text(arguments.path)
-        places = list(_places(text, arguments.old))
-        if len(places) != 1:
-            raise ValueError(_not_unique(text, arguments.old, places))
-        changed = text[: places[0]] + arguments.new + text[places[0] + len(arguments.old) :]
+        changed, shown = replace_once(text, arguments.old, arguments.new)
         await self._replace(self._path(arguments.path), changed.encode())
-        first = text.count("\n", 0, places[0])
-        last = first + arguments.new.count("\n") + 1
-        return _numbered(changed.split("\n"), max(0, first - CONTEXT_LINES), last + CONTEXT_LINES)
+        return shown
 
     async def _replace(self, path: str, data: bytes) -> None:
         """Give a file other content. It stays executable, for which the box's protocol has no call."""
@@ -257,7 +252,8 @@ def _definition(name: str, kind: type[_Arguments]) -> Tool:
     schema = kind.model_json_schema()
     for described in (schema, *schema["properties"].values()):
         described.pop("title")
-    return Tool(name=name, description=schema.pop("description"), parameters=schema)
+    description = schema.pop("description")
+    return Tool(name=name, description=description, parameters=schema, concurrent=kind is Read)
 
 
 def _faults(error: ValidationError) -> str:
@@ -265,7 +261,19 @@ def _faults(error: ValidationError) -> str:
     return "; ".join(f"{where}: {what}" for where, what in found)
 
 
-def _numbered(lines: Sequence[str], first: int, last: int) -> str:
+def replace_once(text: str, old: str, new: str) -> tuple[str, str]:
+    """A text after an edit, and what the model reads of it. ``ValueError`` unless ``old`` occurs exactly once."""
+    places = list(_places(text, old))
+    if len(places) != 1:
+        raise ValueError(_not_unique(text, old, places))
+    changed = text[: places[0]] + new + text[places[0] + len(old) :]
+    first = text.count("\n", 0, places[0])
+    last = first + new.count("\n") + 1
+    return changed, numbered(changed.split("\n"), max(0, first - CONTEXT_LINES), last + CONTEXT_LINES)
+
+
+def numbered(lines: Sequence[str], first: int, last: int) -> str:
+    """Lines from index ``first`` to before ``last`` as the model reads them, counted from 1."""
     return "\n".join(f"{number:6}\t{line}" for number, line in enumerate(lines[first:last], first + 1))
 
 

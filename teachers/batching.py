@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from posttrain.types import IntArray
+
+MAX_BATCH_TOKENS = 8192
+"""Tokens of a teacher's forward pass, padding included."""
+
 
 def length_batches(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first.
@@ -20,3 +27,12 @@ def length_batches(lengths: Sequence[int], *, max_tokens: int) -> Iterator[list[
         batch.append(index)
     if batch:
         yield batch
+
+
+def padded(sequences: Sequence[IntArray]) -> torch.Tensor:
+    """Ids [B, T], padded on the right to the longest, without a mask: earlier positions of a causal model cannot see
+    the padding."""
+    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence)
+    return ids_BT

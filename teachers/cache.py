@@ -10,10 +10,12 @@ Not covered: several processes writing the same key at once (the last one wins),
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +32,8 @@ from posttrain.protocols import ArrayRef, ArrayStore, StateStore
 MAGIC = b"PTSTATE2"
 ALIGNMENT = 64
 """The payload's offset is a multiple of this, so that vector loads of mapped states are aligned."""
+ABANDONED_S = 3600.0
+"""Age of a half-written file that nobody writes any more."""
 _PREFIX = struct.Struct("<8sI")
 """Magic and length of the JSON header that follows; the payload follows the header."""
 _SUFFIX = ".states"
@@ -46,7 +50,8 @@ def open_store(where: str, folder: Path | None) -> StateStore:
         return MemoryStore()
     if where == "files":
         assert folder is not None
-        return FileStore(folder)
+        # No other run writes here, and the processes of this one all open the store before one of them writes.
+        return FileStore(folder, abandoned_s=0)
     if where == "ray":
         from posttrain.rollout.ray_store import RayStore
 
@@ -110,13 +115,19 @@ class ArrayStates:
 
 
 class FileStore:
-    """States in one memory-mapped file per sample below ``directory``; each carries its key, origin and checksum."""
+    """States in one memory-mapped file per sample below ``directory``; each carries its key, origin and checksum.
 
-    def __init__(self, directory: str | Path) -> None:
+    Opening removes half-written files older than ``abandoned_s`` seconds: those of a killed process, while others may
+    be writing.
+    """
+
+    def __init__(self, directory: str | Path, *, abandoned_s: float = ABANDONED_S) -> None:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        for scratch in self._directory.glob("*.tmp"):  # Left by a process that was killed while it wrote.
-            scratch.unlink(missing_ok=True)
+        for scratch in self._directory.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # Another process opens the same folder.
+                if time.time() - scratch.stat().st_mtime >= abandoned_s:
+                    scratch.unlink()
 
     def put(self, key: str, states: torch.Tensor, *, origin: str = "") -> None:
         """Write the tensor; a reader sees the old file or the new one, never a part.

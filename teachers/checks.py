@@ -22,7 +22,9 @@ from posttrain.models import load_tokenizer
 from posttrain.protocols import Teacher
 from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 from teachers.cache import MemoryStore
-from teachers.pool import TeacherPool
+from teachers.logits import LogitTransform
+from teachers.pool import TeacherPool, load_within
+from teachers.streaming import StreamedTeacher
 
 MAX_CACHED_KL = 1e-3
 """Nats per token that rounding cached states to bfloat16 may cost."""
@@ -69,20 +71,20 @@ def check_teachers(
             check_vocabulary(name, theirs, ours)
             check_chat_format(name, theirs, ours)
     results = {}
-    vocabulary = _check_student(student, [probe for group in probes.values() for probe in group], device)
+    vocabulary = _check_student(student, [probe for group in probes.values() for probe in group], memory_mb, device)
     with TeacherPool(teachers, memory_mb=memory_mb, device=device) as pool:
         for name, teacher in teachers.items():
             if not probes.get(name):
                 raise RecipeError(f"teacher {name!r}: no probe sequences; give a few encoded prompts of its domain")
             samples = [_probe_sample(name, index, probe) for index, probe in enumerate(probes[name])]
-            own_NE, own_head_VE = _own_states(teacher, samples, device)
+            own_NE, own_head_VE = _own_states(teacher, samples, memory_mb, device)
             check_vocabulary_size(name, own_head_VE.shape[0], vocabulary)
             store = MemoryStore()
             pool.cache_states(samples, store)
             cached_NE = torch.cat([store.get(sample.id) for sample in samples]).to(device)
             results[name] = TeacherCheck(
                 cached_kl=check_cached_states(name, own_NE, own_head_VE, cached_NE, pool.head(name)),
-                entropy=check_not_uniform(name, own_NE, own_head_VE),
+                entropy=check_not_uniform(name, own_NE, own_head_VE, pool.logit_cap(name)),
             )
     return results
 
@@ -160,9 +162,11 @@ def check_cached_states(
     return kl
 
 
-def check_not_uniform(name: str, hidden_NE: torch.Tensor, head_VE: torch.Tensor) -> float:
+def check_not_uniform(
+    name: str, hidden_NE: torch.Tensor, head_VE: torch.Tensor, logit_cap: float | None = None
+) -> float:
     """Mean entropy in nats of the teacher; must be at most MAX_RELATIVE_ENTROPY of ln V."""
-    log_p_NV = (hidden_NE.float() @ head_VE.float().T).log_softmax(-1)
+    log_p_NV = LogitTransform(cap=logit_cap).logits(hidden_NE, head_VE).log_softmax(-1)
     entropy = -(log_p_NV.exp() * log_p_NV).sum(-1).mean().item()
     uniform = math.log(head_VE.shape[0])
     if not entropy <= MAX_RELATIVE_ENTROPY * uniform:
@@ -174,24 +178,33 @@ def check_not_uniform(name: str, hidden_NE: torch.Tensor, head_VE: torch.Tensor)
     return entropy
 
 
-def _check_student(student: Teacher, probes: Sequence[IntArray], device: str) -> int:
+def _check_student(student: Teacher, probes: Sequence[IntArray], memory_mb: int, device: str) -> int:
     """Cache the student as if it were a teacher and compare it with itself; its vocabulary size."""
     samples = [_probe_sample("student", index, probe) for index, probe in enumerate(probes)]
-    own_ND, head_VD = _own_states(student, samples, device)
+    own_ND, head_VD = _own_states(student, samples, memory_mb, device)
     store = MemoryStore()
-    with TeacherPool({"student": student}, memory_mb=1, device=device) as pool:
+    with TeacherPool({"student": student}, memory_mb=memory_mb, device=device) as pool:
         pool.cache_states(samples, store)
         cached_ND = torch.cat([store.get(sample.id) for sample in samples]).to(device)
         check_identical(own_ND, head_VD, cached_ND, pool.head("student"))
     return head_VD.shape[0]
 
 
-def _own_states(teacher: Teacher, samples: Sequence[Sample], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """States that predict the samples' loss tokens, in the teacher's own precision and one by one, and its head."""
-    model = teacher.load(device)
+def _own_states(
+    teacher: Teacher, samples: Sequence[Sample], memory_mb: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States that predict the samples' loss tokens, in the teacher's own precision, and its head.
+
+    Samples are read one by one, except where that would take a pass over all weights for each.
+    """
+    model = load_within(teacher, device, memory_mb * 2**20)
+    ids = [sample.load().token_ids for sample in samples]
     try:
-        states = [model.hidden_states([sample.load().token_ids])[0][:-1] for sample in samples]
-        return torch.cat(states), model.head
+        if isinstance(model, StreamedTeacher):
+            states = model.hidden_states(ids)
+        else:
+            states = [model.hidden_states([each])[0] for each in ids]
+        return torch.cat([each[:-1] for each in states]), model.head
     finally:
         model.close()
 

@@ -22,7 +22,8 @@ from teachers.sources import HFTeacher
 class SwapOnDemand:
     """Keeps teachers on disk and loads each when its samples come up.
 
-    What fits into ``memory_mb`` (MiB) after use stays for the next step; the teacher in use is always allowed.
+    ``memory_mb`` (MiB) is the most that teachers' weights take at any time, or a GPU's memory for them: a larger
+    teacher is run layer by layer, and what fits stays for the next step.
     """
 
     memory_mb: int = 4096
@@ -31,7 +32,8 @@ class SwapOnDemand:
     states: str = "files"
     """Where hidden states wait for the learner: ``files`` of the stage's folder, mapped into memory; ``memory``;
     ``ray``, the object store; or a folder or fsspec URL. What is written to files or a URL is found again by a run
-    that goes on after it was killed, so that no teacher reads a sample twice."""
+    that goes on after it was killed in a step, whose samples no teacher then reads twice. States are freed with the
+    step's update: steps made after the last checkpoint are made again with all their teachers."""
 
     def from_checkpoint(self, path: str) -> Teacher:
         return HFTeacher(path)
@@ -66,6 +68,9 @@ class PooledTeachers:
 
     def head(self, name: str) -> torch.Tensor:
         return self._pool.head(name)
+
+    def logit_cap(self, name: str) -> float | None:
+        return self._pool.logit_cap(name)
 
     def costs(self) -> Mapping[str, float]:
         now = self._pool.stats

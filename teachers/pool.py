@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -26,12 +27,11 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 import torch
 
+from posttrain.errors import RecipeError
 from posttrain.protocols import StateStore, Teacher, TeacherModel
-from posttrain.types import Sample, TokenArrays
-from teachers.batching import length_batches
-
-MAX_BATCH_TOKENS = 16384
-"""Tokens whose full hidden states are alive at once, before the loss positions are picked."""
+from posttrain.types import IntArray, Sample, TokenArrays
+from teachers.batching import MAX_BATCH_TOKENS, length_batches
+from teachers.logits import OutputHead
 
 
 @runtime_checkable
@@ -40,6 +40,37 @@ class Sized(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class Capped(Protocol):
+    """A loaded teacher whose logits may be soft-capped."""
+
+    @property
+    def logit_cap(self) -> float | None: ...
+
+
+@runtime_checkable
+class OnePass(Protocol):
+    """A loaded teacher that runs many sequences and gives each one's states as soon as it has them."""
+
+    def each_state(self, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]: ...
+
+
+@runtime_checkable
+class Streamable(Teacher, Protocol):
+    """A teacher that knows its size beforehand and can run in less memory than that."""
+
+    def num_bytes(self, device: str) -> int | None: ...
+
+    def stream(self, device: str, *, memory_bytes: int) -> TeacherModel: ...
+
+
+@runtime_checkable
+class HasHead(Teacher, Protocol):
+    """A teacher whose head can be had without the rest."""
+
+    def load_head(self, device: str) -> OutputHead: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,10 +107,11 @@ class _Asked:
 
 
 class TeacherPool:
-    """Runs teachers by name within a memory budget.
+    """Runs teachers by name within a memory limit. Use as a context manager, or call ``close``.
 
-    ``memory_mb`` (MiB) bounds the teachers and heads that stay after use; the teacher in use is always allowed, and
-    the next one is loaded in the background only while both fit. Use as a context manager, or call ``close``.
+    ``memory_mb`` (MiB) bounds the weights held at any time: teachers in use, resident after use or loading, and heads.
+    A ``Streamable`` teacher above it runs layer by layer, and ``RecipeError`` is raised when even that does not fit;
+    any other kind is always allowed while it is in use. The next teacher is loaded in the background while both fit.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, memory_mb: int, device: str = "cpu") -> None:
@@ -91,8 +123,11 @@ class TeacherPool:
         self._sizes: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
         self._head_keys: dict[str, str] = {}
+        self._caps: dict[str, float | None] = {}
         self._heads: OrderedDict[str, torch.Tensor] = OrderedDict()  # in host memory; least recently used first
+        self._loading_heads: dict[str, Future[OutputHead]] = {}
         self._device_head: tuple[str, torch.Tensor] | None = None
+        self._order: list[str] = []
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-load")
         self._stats = PoolStats()
 
@@ -118,33 +153,49 @@ class TeacherPool:
                 self._load_ahead(following, beside=name)
             self._run(model, missing[name], store)
             self._settle(name)
+        self._order = sorted({str(sample.teacher) for sample in samples})
+        if self._order:
+            self.prefetch_head(self._order[0])
         return self.stats.since(before)
 
     def head(self, name: str) -> torch.Tensor:
         """The output head of a teacher, [V, E], on the pool's device.
 
-        The head given before leaves the device, unless it is the same by content: drop it before asking for
-        the next one. Visit samples in teacher order and each head is moved once. ``KeyError`` for unknown names.
+        The head given before leaves the device, unless it is the same by content: drop it before asking for the next
+        one. Visit samples in the order of their teachers' names, as ``plan_micro_batches`` puts them, and each head is
+        moved once, and was read in the background. ``KeyError`` for unknown names.
         """
         key = self._head_keys.get(self._known(name))
-        if self._device_head is not None and self._device_head[0] == key:
-            return self._device_head[1]
-        if key is None or key not in self._heads:
-            self._model(name)
-            self._settle(name)
-            key = self._head_keys[name]
+        if key is None or self._device_head is None or self._device_head[0] != key:
+            key = self._bring_head(name)
         if self._device_head is None or self._device_head[0] != key:
             self._device_head = None  # Freed before the next one arrives: one head at a time.
-            self._heads.move_to_end(key)
             self._device_head = (key, self._heads[key].to(self._device))
             self._stats.head_loads += 1
+        following = bisect_right(self._order, name)
+        if following < len(self._order):
+            self.prefetch_head(self._order[following])
         return self._device_head[1]
 
+    def logit_cap(self, name: str) -> float | None:
+        """c where a teacher's logits are ``c tanh(head @ state / c)``; None where they are not capped."""
+        if self._known(name) not in self._caps:
+            self._bring_head(name)
+        return self._caps[name]
+
     def prefetch_head(self, name: str) -> None:
-        """Start loading in the background what ``head(name)`` will need, if it is not in host memory."""
+        """Start loading in the background what ``head(name)`` will need, if it is not in host memory and has room."""
         key = self._head_keys.get(self._known(name))
-        if key is None or key not in self._heads:
+        if key is not None and key in self._heads:
+            return
+        if not isinstance(self._teachers[name], HasHead):
             self._load_ahead(name, beside=None)
+            return
+        in_use = self._device_head[0] if self._device_head is not None else None
+        largest = max((head.nbytes for head in self._heads.values()), default=0)
+        self._shrink(self._capacity - largest, keep_head=in_use)
+        if self._used() + largest <= self._capacity:
+            self._start_loading_head(name)
 
     def close(self) -> None:
         """Free all teachers and heads. Loads under way are awaited, then closed."""
@@ -152,7 +203,8 @@ class TeacherPool:
             if not future.cancel() and future.exception() is None:
                 future.result().close()
         self._loading.clear()
-        self._loader.shutdown()
+        self._loader.shutdown(cancel_futures=True)
+        self._loading_heads.clear()
         while self._resident:
             self._resident.popitem()[1].close()
         self._heads.clear()
@@ -186,10 +238,11 @@ class TeacherPool:
     def _origin(self, name: str, arrays: TokenArrays) -> str:
         """What a sample's states depend on, in one digest."""
         if name not in self._fingerprints:
-            self._fingerprints[name] = self._teachers[name].fingerprint
+            self._require_unchanged(name)
         digest = hashlib.sha256(self._fingerprints[name].encode())
         digest.update(arrays.token_ids.astype(np.int32).tobytes())
         digest.update(arrays.loss_mask.astype(np.bool_).tobytes())
+        digest.update(np.array(arrays.lengths, np.int64).tobytes())
         return digest.hexdigest()
 
     def _visiting_order(self, names: Iterable[str]) -> list[str]:
@@ -202,48 +255,106 @@ class TeacherPool:
         return name
 
     def _run(self, model: TeacherModel, samples: Sequence[_Asked], store: StateStore) -> None:
-        for batch in length_batches([len(each.arrays) for each in samples], max_tokens=MAX_BATCH_TOKENS):
-            asked = [samples[index] for index in batch]
-            states = model.hidden_states([each.arrays.token_ids for each in asked])
-            for each, states_TE in zip(asked, states, strict=True):
-                predicting = torch.from_numpy(np.flatnonzero(each.arrays.loss_mask) - 1)
-                kept_LE = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
-                store.put(each.id, kept_LE, origin=each.origin)
-                self._stats.bytes_cached += kept_LE.nbytes
-                self._stats.tokens += len(each.arrays)
+        # A sample may hold several sequences, which the teacher reads apart.
+        sequences = [np.split(each.arrays.token_ids, np.cumsum(each.arrays.lengths)[:-1]) for each in samples]
+        places = [(owner, part) for owner, parts in enumerate(sequences) for part in range(len(parts))]
+        kept: dict[int, dict[int, torch.Tensor]] = {}
+        for index, states_TE in _each_state(model, [part for parts in sequences for part in parts]):
+            owner, part = places[index]
+            each = samples[owner]
+            masks = np.split(each.arrays.loss_mask, np.cumsum(each.arrays.lengths)[:-1])
+            predicting = torch.from_numpy(np.flatnonzero(masks[part]) - 1)
+            mine = kept.setdefault(owner, {})
+            mine[part] = states_TE[predicting.to(states_TE.device)].to("cpu", torch.bfloat16)
+            if len(mine) < len(sequences[owner]):
+                continue
+            kept_LE = torch.cat([states for _, states in sorted(kept.pop(owner).items())])
+            store.put(each.id, kept_LE, origin=each.origin)
+            self._stats.bytes_cached += kept_LE.nbytes
+            self._stats.tokens += len(each.arrays)
 
     def _model(self, name: str) -> TeacherModel:
-        """The loaded teacher, most recently used; its head is in host memory afterwards."""
+        """The loaded teacher, most recently used."""
         if name not in self._resident:
             started = time.monotonic()
+            if name not in self._loading:
+                self._shrink(self._capacity - self._expected(name))
             future = self._start_loading(name)
-            del self._loading[name]  # Before the result: a load that failed is tried again next time.
-            model = future.result()
+            try:
+                model = future.result()
+            finally:
+                del self._loading[name]  # A load that failed is tried again next time.
+            self._require_unchanged(name)
             self._stats.load_wait_s += time.monotonic() - started
             self._stats.teacher_loads += 1
             self._resident[name] = model
             self._sizes[name] = model.num_bytes if isinstance(model, Sized) else self._capacity
         self._resident.move_to_end(name)
-        self._keep_head(name, self._resident[name].head)
+        if not isinstance(self._teachers[name], HasHead):
+            model = self._resident[name]
+            self._keep_head(name, model.head, model.logit_cap if isinstance(model, Capped) else None)
         return self._resident[name]
 
     def _start_loading(self, name: str) -> Future[TeacherModel]:
         if name not in self._loading:
-            self._loading[name] = self._loader.submit(self._teachers[name].load, self._device)
+            self._loading[name] = self._loader.submit(load_within, self._teachers[name], self._device, self._capacity)
         return self._loading[name]
 
+    def _start_loading_head(self, name: str) -> None:
+        teacher = self._teachers[name]
+        if name not in self._loading_heads and isinstance(teacher, HasHead):
+            self._loading_heads[name] = self._loader.submit(teacher.load_head, self._device)
+
+    def _require_unchanged(self, name: str) -> None:
+        """States and heads of one teacher must come from the same files, however often they are read."""
+        now = self._teachers[name].fingerprint
+        if self._fingerprints.setdefault(name, now) != now:
+            raise RecipeError(
+                f"teacher {name!r}: its files changed during the run; states of the old weights would meet a head of "
+                "the new; expected files that stay; copy them, and start again with --resume"
+            )
+
+    def _expected(self, name: str) -> int:
+        """Bytes a teacher will take; one not known to be smaller is taken as large as the largest."""
+        if name not in self._sizes:
+            teacher = self._teachers[name]
+            size = teacher.num_bytes(self._device) if isinstance(teacher, Streamable) else None
+            if size is None:
+                return max(self._sizes.values(), default=0)
+            self._sizes[name] = min(size, self._capacity)
+        return self._sizes[name]
+
     def _load_ahead(self, name: str, *, beside: str | None) -> None:
-        """Begin to load a teacher if it fits beside what must stay; a size not known yet is taken as the largest."""
+        """Begin to load a teacher if it fits beside what must stay."""
         if name in self._resident or name in self._loading:
             return
-        largest = max(self._sizes.values(), default=0)
-        expected = self._sizes.get(name, largest)
+        expected = self._expected(name)
         pinned = self._sizes[beside] if beside is not None else 0
         if pinned + expected <= self._capacity:
             self._shrink(self._capacity - expected, keep_teacher=beside)
             self._start_loading(name)
 
-    def _keep_head(self, name: str, head: torch.Tensor) -> None:
+    def _bring_head(self, name: str) -> str:
+        """The key of a head that is in host memory now."""
+        key = self._head_keys.get(self._known(name))
+        if key is None or key not in self._heads:
+            if isinstance(self._teachers[name], HasHead):
+                started = time.monotonic()
+                self._start_loading_head(name)
+                head = self._loading_heads.pop(name).result()
+                self._require_unchanged(name)
+                self._keep_head(name, head.weight_VE, head.logit_cap)
+                self._stats.load_wait_s += time.monotonic() - started
+            else:
+                self._model(name)
+                self._settle(name)
+        key = self._head_keys[name]
+        self._heads.move_to_end(key)
+        self._shrink(self._capacity, keep_head=key)
+        return key
+
+    def _keep_head(self, name: str, head: torch.Tensor, cap: float | None) -> None:
+        self._caps[name] = cap
         if name not in self._head_keys:
             self._head_keys[name] = content_hash(head)
         key = self._head_keys[name]
@@ -255,25 +366,50 @@ class TeacherPool:
         """Let go of what does not fit, after a teacher was used."""
         if not isinstance(self._resident[name], Sized):
             self._resident.pop(name).close()
-        self._shrink(self._capacity, keep_head=self._head_keys[name])
+        self._shrink(self._capacity, keep_head=self._head_keys.get(name))
 
     def _used(self) -> int:
         """Bytes held: teachers, and heads that no resident teacher holds anyway."""
-        shared = {self._head_keys[name] for name in self._resident}
-        heads = sum(head.nbytes for key, head in self._heads.items() if key not in shared or self._device != "cpu")
+        lent = {self._head_keys[name] for name in self._resident if not isinstance(self._teachers[name], HasHead)}
+        heads = sum(head.nbytes for key, head in self._heads.items() if key not in lent or self._device != "cpu")
         return heads + sum(self._sizes[name] for name in self._resident)
 
     def _shrink(self, capacity: int, *, keep_teacher: str | None = None, keep_head: str | None = None) -> None:
-        """Close teachers, then drop heads, longest unused first, until what is held fits into ``capacity`` bytes."""
+        """Let go of what was unused longest until what is held fits into ``capacity`` bytes.
+
+        First heads that can be read without their teachers, then teachers, then the other heads.
+        """
+        held = self._head_keys.get(keep_teacher) if keep_teacher else None
+        readable = {self._head_keys.get(name) for name, each in self._teachers.items() if isinstance(each, HasHead)}
+        heads = [key for key in self._heads if key not in (keep_head, held)]
+        for key in [key for key in heads if key in readable]:
+            if self._used() <= capacity:
+                return
+            del self._heads[key]
         for name in [name for name in self._resident if name != keep_teacher]:
             if self._used() <= capacity:
                 return
             self._resident.pop(name).close()
-        held = self._head_keys.get(keep_teacher) if keep_teacher else None
-        for key in [key for key in self._heads if key not in (keep_head, held)]:
+        for key in [key for key in heads if key not in readable]:
             if self._used() <= capacity:
                 return
             del self._heads[key]
+
+
+def load_within(teacher: Teacher, device: str, memory_bytes: int) -> TeacherModel:
+    """The teacher, to run layer by layer if its weights need more memory than that and it can."""
+    if isinstance(teacher, Streamable) and (teacher.num_bytes(device) or 0) > memory_bytes:
+        return teacher.stream(device, memory_bytes=memory_bytes)
+    return teacher.load(device)
+
+
+def _each_state(model: TeacherModel, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Index and states [T, E] of each sequence."""
+    if isinstance(model, OnePass):
+        yield from model.each_state(sequences)
+        return
+    for batch in length_batches([len(sequence) for sequence in sequences], max_tokens=MAX_BATCH_TOKENS):
+        yield from zip(batch, model.hidden_states([sequences[index] for index in batch]), strict=True)
 
 
 def content_hash(tensor: torch.Tensor) -> str:

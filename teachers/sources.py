@@ -1,10 +1,10 @@
 """Kinds of teachers: a Hugging Face checkpoint, and a LoRA adapter on one.
 
-A source is a frozen value that pickles; ``load`` makes the live model, checks that its logits are the product of
-its states and its head, and gives it for inference only.
+A source is a frozen value that pickles; ``load`` makes the live model, checks that its logits are made of its states
+and its head as ``teachers.logits`` says, and gives it for inference only; ``stream`` does so within less memory than
+its weights need.
 
-Not covered: architectures that scale or cap their logits, add a bias to them, or are not causal; loading refuses
-them.
+Not covered: architectures that add a bias to their logits, or are not causal; loading refuses them.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from posttrain.errors import RecipeError
-from posttrain.models import compute_dtype, load_model, resolve_path
+from posttrain.models import compute_dtype, load_model, resolve_folder, resolve_path
 from posttrain.types import IntArray
-from teachers.batching import length_batches
+from teachers.batching import MAX_BATCH_TOKENS, length_batches, padded
+from teachers.logits import LogitTransform, OutputHead, body_of, check_logits
+from teachers.streaming import StreamedTeacher
+from teachers.weights import Skeleton, Unreadable, Weights
 
 DType = Literal["auto", "float32", "bfloat16"]
 HASHED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
 HASHED_NAMES = ("config.json", "adapter_config.json")
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Config fields that scale or cap logits. A cap bends small logits by less than rounding, so that comparing numbers
-alone would miss it."""
-MAX_BATCH_TOKENS = 8192
-"""Tokens of one forward pass, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,36 @@ class HFTeacher:
     def tokenizer_path(self) -> str:
         return self.path
 
+    def num_bytes(self, device: str) -> int | None:
+        """Memory its weights need; None where the files do not tell."""
+        try:
+            layout = _layout(_local_folder(self.path))
+        except Unreadable:
+            return None
+        return layout.num_elements * compute_dtype(self.dtype, layout.num_parameters, device).itemsize
+
     def load(self, device: str) -> CausalTeacher:
-        """The model on ``device``. ``RecipeError`` when its logits are not states times head."""
+        """The model on ``device``. ``RecipeError`` when its logits are not made of states and head."""
         return CausalTeacher(_load_frozen(self.path, self.dtype, device), device, name=self.path)
+
+    def stream(self, device: str, *, memory_bytes: int) -> StreamedTeacher:
+        """The model in at most so much memory for weights, read layer by layer. ``RecipeError`` when it cannot be."""
+        skeleton = _skeleton(self.path)
+        dtype = compute_dtype(self.dtype, skeleton.num_parameters, device)
+        return StreamedTeacher(skeleton, dtype=dtype, device=device, memory_bytes=memory_bytes, name=self.path)
+
+    def load_head(self, device: str) -> OutputHead:
+        """The output head alone, in the type of a model on ``device``, in host memory."""
+        folder = _local_folder(self.path)
+        try:
+            layout, weights = _layout(folder), Weights(folder)
+        except Unreadable:
+            with_everything = self.load("cpu")
+            head = OutputHead(weight_VE=with_everything.head.clone(), logit_cap=with_everything.logit_cap)
+            with_everything.close()
+            return head
+        dtype = compute_dtype(self.dtype, layout.num_parameters, device)
+        return OutputHead(weight_VE=weights.read(layout.head, dtype), logit_cap=layout.logit_cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +95,58 @@ class AdapterTeacher:
 
     base: HFTeacher
     adapter: str
-    """Folder with ``adapter_config.json`` and the adapter's weights."""
+    """Folder with ``adapter_config.json`` and the adapter's weights, here or at an fsspec URL."""
 
     @property
     def fingerprint(self) -> str:
-        return _digest(self.base.fingerprint, _folder_digest(Path(self.adapter)))
+        return _digest(self.base.fingerprint, _folder_digest(self._folder))
 
     @property
     def tokenizer_path(self) -> str:
         return self.base.path
 
+    def num_bytes(self, device: str) -> int | None:
+        """Memory its weights need; None where the files do not tell."""
+        base = self.base.num_bytes(device)
+        # Adapters compute in float32.
+        adapter = sum(file.stat().st_size for file in self._folder.glob("adapter_model.*"))
+        return None if base is None else base + adapter
+
     def load(self, device: str) -> CausalTeacher:
         """The adapted model on ``device``. ``RecipeError`` when peft is missing or the adapter does not fit."""
+        model = _load_frozen(self.base.path, self.base.dtype, device)
+        return CausalTeacher(self._adapted(model), device, name=self.adapter)
+
+    def stream(self, device: str, *, memory_bytes: int) -> StreamedTeacher:
+        """The adapter in memory, on a base that is read layer by layer. ``RecipeError`` when that cannot be done."""
+        skeleton = _skeleton(self.base.path)
+        dtype = compute_dtype(self.base.dtype, skeleton.num_parameters, device)
+        skeleton.model = self._adapted(skeleton.model, streamed=True)
+        return StreamedTeacher(skeleton, dtype=dtype, device=device, memory_bytes=memory_bytes, name=self.adapter)
+
+    def load_head(self, device: str) -> OutputHead:
+        """The base's output head alone; ``load`` and ``stream`` refuse adapters that change it."""
+        return self.base.load_head(device)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(resolve_folder(self.adapter, holding="adapter_config.json"))
+
+    def _adapted(self, model: Any, *, streamed: bool = False) -> Any:
         try:
-            from peft import PeftModel
+            from peft import PeftModel, load_peft_weights
         except ImportError as error:
             raise RecipeError(f"teacher {self.adapter!r} is a LoRA adapter: pip install 'posttrain[peft]'") from error
-        model = _load_frozen(self.base.path, self.base.dtype, device)
-        adapted = PeftModel.from_pretrained(model, self.adapter).get_base_model()
-        return CausalTeacher(adapted, device, name=self.adapter)
+        adapted = PeftModel.from_pretrained(model, str(self._folder), low_cpu_mem_usage=streamed)
+        if streamed:
+            # Peft moved the adapter to where its base is, which is nowhere yet.
+            weights = load_peft_weights(str(self._folder), device="cpu")
+            for name, parameter in list(adapted.named_parameters()):
+                if (saved := weights.get(name.replace(".default", ""))) is not None and parameter.is_meta:
+                    owner, _, last = name.rpartition(".")
+                    owned = nn.Parameter(saved.float(), requires_grad=False)
+                    setattr(adapted.get_submodule(owner), last, owned)
+        return adapted.get_base_model()
 
 
 class CausalTeacher:
@@ -96,7 +155,8 @@ class CausalTeacher:
     def __init__(self, model: Any, device: str, *, name: str) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
-        _check_logits_are_head_times_state(self._model, device, name)
+        self._transform = LogitTransform.of(model.config)
+        check_logits(self._model, self._transform, name=name)
 
     @property
     def head(self) -> torch.Tensor:
@@ -105,28 +165,40 @@ class CausalTeacher:
         return weight.detach()
 
     @property
+    def logit_cap(self) -> float | None:
+        """c where the model's logits are ``c tanh(head @ state / c)``; None where they are not capped."""
+        return self._transform.cap
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the weights; tied ones count once."""
         return sum(parameter.nbytes for parameter in self._model.parameters())
 
-    @torch.no_grad()
     def hidden_states(self, sequences: Sequence[IntArray]) -> list[torch.Tensor]:
-        """The states after the final norm, one [T, E] tensor per sequence, in the model's dtype and on its device.
+        """The states that enter the head, one [T, E] tensor per sequence, on the model's device.
+
+        After the final norm and times the logit scale, if there is one; then in float32, else in the model's dtype.
+        """
+        states: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+        for index, states_TE in self.each_state(sequences):
+            states[index] = states_TE
+        return states
+
+    @torch.no_grad()
+    def each_state(self, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Index and states [T, E] of each sequence, longest first.
 
         Sequences of similar length share a forward pass. They are padded on the right without a mask: a causal
         model's earlier positions cannot see the padding.
         """
-        states: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
         lengths = [len(sequence) for sequence in sequences]
         for batch in length_batches(lengths, max_tokens=MAX_BATCH_TOKENS):
-            ids_BT = torch.zeros(len(batch), lengths[batch[0]], dtype=torch.long)
-            for row, index in enumerate(batch):
-                ids_BT[row, : lengths[index]] = torch.tensor(sequences[index])
-            hidden_BTE = _body(self._model)(input_ids=ids_BT.to(self._device), use_cache=False).last_hidden_state
+            ids_BT = padded([sequences[index] for index in batch]).to(self._device)
+            hidden_BTE = body_of(self._model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+            states_BTE = self._transform.scaled(hidden_BTE)
             for row, index in enumerate(batch):
                 # A copy, so that a caller who keeps one sequence does not keep the whole batch.
-                states[index] = hidden_BTE[row, : lengths[index]].clone()
-        return states
+                yield index, states_BTE[row, : lengths[index]].clone()
 
     def close(self) -> None:
         """Free the weights. Tensors handed out before stay valid and keep only themselves alive."""
@@ -137,47 +209,63 @@ class CausalTeacher:
 
 
 def _load_frozen(path: str, dtype: DType, device: str) -> Any:
-    """The checkpoint in its compute dtype.
+    """The checkpoint in its compute dtype. Buffers, such as rotary frequencies, stay float32.
 
-    Loaded in float32 and then converted, since ``from_pretrained`` otherwise changes torch's default dtype for
-    the whole process meanwhile, and teachers load in the background of other computations. Buffers, such as
-    rotary frequencies, stay float32.
+    Read tensor by tensor, so that no second copy is ever in memory. What transformers must convert it loads itself, in
+    float32: ``from_pretrained`` otherwise changes torch's default dtype for the whole process meanwhile, and teachers
+    load in the background of other computations.
     """
-    model = load_model(path, torch.float32)
+    try:
+        skeleton = Skeleton(_local_folder(path))
+        return skeleton.fill(compute_dtype(dtype, skeleton.num_parameters, device), device)
+    except Unreadable:
+        model = load_model(path, torch.float32)
     target = compute_dtype(dtype, model.num_parameters(), device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(target)
     return model
 
 
-def _body(model: Any) -> Any:
-    """The model without its output head."""
-    return getattr(model, model.base_model_prefix)
+def _skeleton(path: str) -> Skeleton:
+    try:
+        return Skeleton(_local_folder(path))
+    except Unreadable as error:
+        raise RecipeError(
+            f"teacher {path!r} is larger than memory_mb and cannot be read layer by layer: {error}; expected plain "
+            "safetensors with the names that transformers gives its weights; raise memory_mb, or save it so"
+        ) from error
 
 
-@torch.no_grad()
-def _check_logits_are_head_times_state(model: Any, device: str, name: str) -> None:
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise RecipeError(
-            f"teacher {name!r} ({type(model).__name__}) has no output head without bias; expected logits that are "
-            "head @ state; choose another teacher"
-        )
-    ids_BT = torch.arange(8, device=device).remainder(model.config.vocab_size)[None]
-    state_BTE = _body(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
-    own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
-    rebuilt_BTV = state_BTE.float() @ head.weight.float().T
-    worst = (own_BTV - rebuilt_BTV).abs().max().item()
-    scale = own_BTV.abs().max().item()
-    bound = max(1.0, scale) * (1e-4 if head.weight.dtype is torch.float32 else 2**-7)
-    transforms = [field for field in LOGIT_TRANSFORMS if getattr(model.config, field, None) not in (None, 1.0)]
-    if not worst <= bound or transforms:
-        raise RecipeError(
-            f"teacher {name!r} ({type(model).__name__}): its logits (up to {scale:.3g}) differ from head @ state by "
-            f"{worst:.3g} where at most {bound:.3g} is rounding; config fields that transform logits: "
-            f"{transforms or 'none'}. Scaled or soft-capped logits cannot be rebuilt from states; choose a teacher "
-            "without them"
-        )
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What is known of a checkpoint without its weights."""
+
+    num_parameters: int
+    num_elements: int
+    """Numbers in memory; tied ones count once."""
+    head: str
+    logit_cap: float | None
+
+
+def _layout(folder: Path) -> _Layout:
+    return _layout_of(folder, (folder / "config.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout_of(folder: Path, _mtime_ns: int) -> _Layout:
+    skeleton = Skeleton(folder)
+    head = skeleton.model.get_output_embeddings()
+    if head is None:
+        raise Unreadable(f"{type(skeleton.model).__name__} has no output head")
+    (name,) = (name for name, module in skeleton.model.named_modules() if module is head)
+    sources = skeleton.sources()
+    numbers = sum(skeleton.weights.num_bytes(stored, 1) for stored in set(sources.values()))
+    return _Layout(
+        num_parameters=skeleton.num_parameters,
+        num_elements=numbers,
+        head=sources[f"{name}.weight"],
+        logit_cap=LogitTransform.of(skeleton.model.config).cap,
+    )
 
 
 def _local_folder(path: str) -> Path:

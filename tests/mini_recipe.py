@@ -56,7 +56,13 @@ def domain(name: str, letter: str) -> Domain:
         sampling=Sampling(max_tokens=4),
         sft=SFT(num_demonstrations=16, max_steps=8, batch_size=8, optim=Optim(learning_rate=4e-3), save_steps=1),
         grpo=GRPO(
-            max_steps=5, groups_per_step=2, num_generations=4, beta=0.01, optim=Optim(learning_rate=1e-3), save_steps=1
+            max_steps=5,
+            groups_per_step=2,
+            num_generations=4,
+            max_refills=1,
+            beta=0.01,
+            optim=Optim(learning_rate=1e-3),
+            save_steps=1,
         ),
         max_sequence_tokens=64,
     )

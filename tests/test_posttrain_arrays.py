@@ -32,6 +32,7 @@ from posttrain.types import (
     Group,
     KeptTokens,
     Rollout,
+    Route,
     Sample,
     Score,
     StopReason,
@@ -59,6 +60,7 @@ def token_arrays(length: int, *, seed: int = 0, kept: bool = False) -> TokenArra
         logprobs=np.where(mask, -rng.random(length), np.nan).astype(np.float32),
         versions=np.where(mask, seed, -1).astype(np.int32),
         kept=KeptTokens.of(rows) if kept else None,
+        starts=np.array([0], np.int32) if kept and length else None,
     )
 
 
@@ -77,6 +79,13 @@ def test_tokens_come_out_of_a_store_as_they_went_in(store: LocalStore, length: i
     assert_same(tokens.load().parts(), arrays.parts())
     assert (tokens.num_tokens, tokens.num_loss_tokens) == (length, int(arrays.loss_mask.sum()))
     assert tokens.version_range == ((3, 3) if arrays.loss_mask.any() else None)
+
+
+@pytest.mark.parametrize("starts", [[1], [0, 3, 3], [0, 5], [0, 2]])
+def test_a_sequence_that_begins_where_none_can_is_named(starts: list[int]) -> None:
+    arrays = TokenArrays.unsampled(np.arange(5, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"starts|position 0"):
+        replace(arrays, starts=np.array(starts, np.int32))
 
 
 def rollout_of(name: str, *, tokens: int = 5, stop: StopReason = StopReason.FINISHED) -> Rollout:
@@ -109,11 +118,11 @@ def test_the_driver_logs_and_trains_on_light_groups_as_on_whole_ones(store: Loca
         assert rollout_record(one, score) == rollout_record(other, score)
         assert (one.text, one.messages, one.failed) == (other.text, other.messages, other.failed)
     assert group_metrics([light]) == group_metrics([whole])
-    config = GRPO(scale_rewards="none")
+    config, route = GRPO(scale_rewards="none"), Route(teacher="d", weight=2.0)
     rows = group_advantage_rows([whole], config, min_group_size=2)
     for made, expected in (
         (grpo_samples([light], rows, config), grpo_samples([whole], rows, config)),
-        (distill_samples(light.rollouts, {"d": 2.0}), distill_samples(whole.rollouts, {"d": 2.0})),
+        (distill_samples([replace(light, route=route)]), distill_samples([replace(whole, route=route)])),
     ):
         assert [sample.id for sample in made] == [sample.id for sample in expected] != []
         for sample, other_sample in zip(made, expected, strict=True):

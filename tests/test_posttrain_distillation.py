@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain.divergence.reference import divergence_reference
-from posttrain.learner.distill_losses import bucket_divergence, gated_policy_gradient, sampled_token_advantages
+from posttrain.errors import RecipeError
+from posttrain.learner.distill_losses import (
+    bucket_divergence,
+    gated_policy_gradient,
+    prefix_importance,
+    sampled_token_advantages,
+)
 from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.logprobs import bucket_logprobs, top_k_logprobs
-from tests.test_posttrain_learner import distill_objective, make_learner, make_samples, tiny_llama, token_ids
+from posttrain.learner.packing import PackedBatch, Totals
+from posttrain.types import Sample, Tokens
+from tests.test_posttrain_learner import (
+    distill_objective,
+    make_learner,
+    make_samples,
+    slow_kl,
+    tiny_llama,
+    token_ids,
+    token_logprobs,
+)
 
 N, D, V, K = 7, 6, 19, 4
 
@@ -144,6 +162,8 @@ def test_all_but_one_buckets_are_the_full_vocabulary() -> None:
     few = make_learner(tiny_llama()).update(samples, with_loss(objective, "teacher_top_k", top_k=2))
     for name in ("loss", "kl/math", "kl/code", "grad_norm"):
         assert found[name] == pytest.approx(exact[name], rel=1e-4)
+    for metrics in (exact, found, few):
+        assert (metrics["clamped_share"], metrics["nonfinite_share"]) == (0.0, 0.0)
     assert 0 < few["kl"] < exact["kl"]
 
 
@@ -264,3 +284,117 @@ def test_an_evaluation_is_exact_whatever_is_trained_on() -> None:
     for changes in ({"loss": "sampled_token"}, {"loss": "teacher_top_k"}, {"divergence": "jsd"}):
         chosen = replace(objective, config=objective.config.replace(**changes))
         assert make_learner(tiny_llama()).evaluate(samples, chosen)["kl"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_the_weight_of_a_position_is_that_of_the_text_before_it() -> None:
+    """Over all texts of three tokens as often as an older policy writes them."""
+    torch.manual_seed(5)
+    tokens = 3
+    policy, older = (torch.randn(1 + tokens + tokens**2, tokens, dtype=torch.float64).log_softmax(-1) for _ in "ab")
+    value = torch.randn(1 + tokens + tokens**2, dtype=torch.float64)
+    sums = {"policy": torch.zeros(3, dtype=torch.float64), "weighted": torch.zeros(3, dtype=torch.float64)}
+    for text in itertools.product(range(tokens), repeat=3):
+        states = [0, 1 + text[0], 1 + tokens + tokens * text[0] + text[1]]
+        log_p, log_mu = policy[states, list(text)], older[states, list(text)]
+        twice = (log_p - log_mu).repeat(2)
+        weights = prefix_importance(twice, torch.tensor([0, 0, 0, 1, 1, 1]), 0.0, 1e9)
+        assert torch.allclose(weights[:3], weights[3:])
+        sums["policy"] += log_p.sum().exp() * value[states]
+        sums["weighted"] += log_mu.sum().exp() * weights[:3] * value[states]
+    torch.testing.assert_close(sums["weighted"], sums["policy"])
+    cut = prefix_importance(torch.tensor([3.0, -9.0, 0.0]), torch.zeros(3, dtype=torch.int64), 0.5, 2.0)
+    assert cut.tolist() == [1.0, 2.0, 0.5]
+
+
+def older_samples(samples: list[Sample], shift: float) -> list[Sample]:
+    """The same tokens, as drawn by a policy to which each was ``exp(shift)`` times as likely."""
+    moved = []
+    for sample in samples:
+        arrays = sample.load()
+        moved.append(replace(sample, tokens=Tokens.of(replace(arrays, logprobs=arrays.logprobs + np.float32(shift)))))
+    return moved
+
+
+def test_stale_rollouts_are_weighed_and_fresh_ones_left_alone() -> None:
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    objective = distill_objective(samples, {"a": tiny_llama(seed=3)})
+    for loss in ("full_vocabulary", "teacher_top_k"):
+        corrected = with_loss(objective, loss, max_staleness=1, importance_bounds=(0.5, 2.0))
+        plain = make_learner(tiny_llama()).update(samples, with_loss(objective, loss))
+        fresh = make_learner(tiny_llama()).update(samples, corrected)
+        assert fresh["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert fresh["importance_weight"] == pytest.approx(1.0, abs=1e-5)
+        stale, packed = (
+            make_learner(tiny_llama(), budget=size).update(older_samples(samples, 0.1), corrected)
+            for size in (4096, 30)
+        )
+        lengths = [sample.num_loss_tokens for sample in samples]
+        weights = torch.cat([(-0.1 * torch.arange(n)).exp().clamp(min=0.5) for n in lengths])
+        assert stale["importance_weight"] == pytest.approx(weights.mean().item(), rel=1e-4)
+        assert stale["kl"] == pytest.approx(plain["kl"], rel=1e-5)
+        assert stale["loss"] < plain["loss"]
+        assert packed["loss"] == pytest.approx(stale["loss"], rel=1e-4)
+
+
+def test_the_task_reward_and_the_start_join_with_their_coefficients() -> None:
+    """A distillation with both has the sum of the three losses' gradients."""
+    model = tiny_llama()
+    samples = make_samples(model, teachers=("a",))
+    # At its own start a student is at distance 0 from it; the learner below has moved on.
+    objective = distill_objective(samples, {"a": tiny_llama(seed=3)})
+    config = objective.config.replace(reward_coef=0.5, num_generations=2, beta=0.25)
+    reference = make_learner(tiny_llama(seed=9), keep_reference=True).reference
+
+    def gradients(objective: DistillObjective, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        learner = make_learner(tiny_llama())
+        batch = PackedBatch.collate(samples)
+        loss, metrics = objective.loss(learner._policy.forward(batch), batch, Totals.of(samples))
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in learner._policy.trained().items()}
+        return found | {name: pair[0] / pair[1] for name, pair in metrics.items()}
+
+    both = gradients(replace(objective, config=config, reference=reference), samples)
+    plain = gradients(objective, samples)
+    silent = [replace(sample, weight=0.0) for sample in samples]
+    rewarded = gradients(replace(objective, config=config.replace(beta=0.0)), silent)
+    held = gradients(replace(objective, config=config.replace(reward_coef=0.0), reference=reference), silent)
+    expected = make_learner(tiny_llama())
+    loss = sum(-sample.advantage * token_logprobs(expected._policy.model, sample).sum() for sample in samples)
+    (0.5 * loss / sum(sample.num_loss_tokens for sample in samples)).backward()
+    for name, parameter in expected._policy.trained().items():
+        torch.testing.assert_close(rewarded[name], parameter.grad, rtol=1e-3, atol=1e-5)
+        assert held[name].abs().max() > 0
+        torch.testing.assert_close(both[name], plain[name] + rewarded[name] + held[name], rtol=1e-3, atol=1e-5)
+    exact = torch.cat([slow_kl(tiny_llama(), tiny_llama(seed=9), sample) for sample in samples]).mean()
+    assert both["kl_ref"] == pytest.approx(exact.item(), rel=1e-4)
+    with pytest.raises(RecipeError, match="keep_reference=True"):
+        replace(objective, config=config)
+
+
+def test_unscored_rollouts_leave_the_reward_and_stay_in_the_distillation() -> None:
+    samples = [replace(sample, advantage=0.0) for sample in make_samples(tiny_llama(), teachers=("a",))]
+    objective = distill_objective(samples, {"a": tiny_llama(seed=3)})
+    rewarded = replace(objective, config=objective.config.replace(reward_coef=1.0, num_generations=2))
+    with_reward, without = (make_learner(tiny_llama()).update(samples, each) for each in (rewarded, objective))
+    assert with_reward["loss"] == pytest.approx(without["loss"], rel=1e-6)
+    assert with_reward["grad_norm"] == pytest.approx(without["grad_norm"], rel=1e-5)
+
+
+def test_log_ratios_are_measured_by_domain_for_their_scale() -> None:
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    teacher = tiny_llama(seed=3)
+    objective = distill_objective(samples, {"a": teacher})
+    rescaled = replace(objective, config=objective.config.replace(rescale_domains=True))
+    metrics = make_learner(tiny_llama(), budget=40).update(samples, rescaled)
+    with torch.no_grad():
+        ratios = [token_logprobs(teacher, s) - torch.tensor(s.load().logprobs[s.load().loss_mask]) for s in samples]
+    for domain, mine in (("math", torch.cat(ratios[0::2])), ("code", torch.cat(ratios[1::2]))):
+        assert metrics[f"log_ratio/{domain}"] == pytest.approx(mine.mean().item(), rel=2e-2)
+        assert metrics[f"log_ratio_sq/{domain}"] == pytest.approx((mine**2).mean().item(), rel=2e-2)
+
+
+def test_tokens_drawn_at_two_temperatures_are_not_compared_at_one() -> None:
+    samples = make_samples(tiny_llama(), teachers=("a",))
+    objective = with_loss(distill_objective(samples, {"a": tiny_llama(seed=3)}), "sampled_token")
+    with pytest.raises(ValueError, match=r"temperatures \[0.5, 1.0\]"):
+        make_learner(tiny_llama()).update(samples, replace(objective, temperatures={"code": 0.5}))

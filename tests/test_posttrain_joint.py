@@ -169,7 +169,7 @@ def test_a_resumed_stage_asks_the_judge_prompts_that_were_under_way(session):
     first = submitted(session, before, Position(step=0), steps=2)
     saved = json.loads(json.dumps(before.state([2, 3, 6, 7])))
     after = judging_of(session, saved)
-    again = submitted(session, after, Position(step=1, pending=(2, 3, 6, 7), judging=saved), steps=1)
+    again = submitted(session, after, Position(step=1, pending=(2, 3, 6, 7), kept=saved), steps=1)
     wanted = [(job.id, job.task, job.variants) for job in first if job.id.partition("/")[2] in UNDER_WAY]
     assert [(job.id, job.task, job.variants) for job in again] == wanted
 
@@ -191,7 +191,7 @@ def test_a_place_that_found_no_prompt_stays_empty_when_its_stage_is_resumed(sess
     before._pool.add([prompt(f"{label}{i}", label) for i in range(4) for label in ("met", "unmet")])
     saved = json.loads(json.dumps(before.state([6, 7])))
     after = judging_of(session, saved)
-    again = submitted(session, after, Position(step=1, pending=(6, 7), judging=saved), steps=1)
+    again = submitted(session, after, Position(step=1, pending=(6, 7), kept=saved), steps=1)
     assert [job.num_rollouts for job in again if job.task.domain == "vowels-judge"] == [0, 0]
     assert after._empty == before._empty == 4
     assert after._pool.state() == before._pool.state()
@@ -365,7 +365,7 @@ def test_a_joint_run_ahead_of_its_learner_trains_on_every_group_once_over_a_kill
     saved = json.loads(max(stage.glob("checkpoints/step-*/checkpoint.json")).read_text())["caller"]
     assert len(saved["pending"]) == 4, "the four groups of another step are under way while one is learned"
     judge_places = {number for number in saved["pending"] if number % 4 >= 2}
-    assert {int(number) for number in saved["judging"]["drawn"]} <= judge_places
+    assert {int(number) for number in saved["kept"]["drawn"]} <= judge_places
     finish(start(tiny_model, run_dir, *ahead, "--resume"))
     rollouts = rollouts_of(stage)
     assert len(rollouts) == len({rollout["id"] for rollout in rollouts})

@@ -119,11 +119,12 @@ def test_rounding_in_the_engine_does_not_reach_the_weights():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_without_the_mask_truncated_and_whole_distributions_are_compared():
+@pytest.mark.parametrize("fields", [{"top_k": 3}, {"top_p": 0.6}])
+def test_without_the_mask_truncated_and_whole_distributions_are_compared(fields: dict[str, float]):
     engine = TransformersEngine(tiny_llama(), stop_ids=[])
-    rollout = play_turns(engine, Sampling(top_k=3, max_tokens=20))
+    rollout = play_turns(engine, Sampling(**fields, max_tokens=20))
     engine.close()
-    ratios = {}
+    ratios, losses = {}, {}
     for keep in (True, False):
         learner = Learner(
             tiny_llama(), optim=Optim(learning_rate=1e-9), num_steps=1, tokens_per_micro_batch=500, dtype=torch.float32
@@ -131,10 +132,13 @@ def test_without_the_mask_truncated_and_whole_distributions_are_compared():
         config = GRPO(keep_sampling_mask=keep, loss_type="grpo")
         objective = GrpoObjective(config=config, max_completion_tokens=60)
         sample = dataclasses.replace(sample_of(rollout), advantage=1.0)
-        ratios[keep] = learner.evaluate([sample], objective)["loss"]
+        found = learner.evaluate([sample], objective)
+        ratios[keep], losses[keep] = found["ratio"], found["loss"]
     # At equal weights every ratio is 1 and the loss minus the advantage; the whole vocabulary makes ratios smaller.
-    assert ratios[True] == pytest.approx(-1, abs=1e-4)
-    assert ratios[False] > -0.99
+    assert ratios[True] == pytest.approx(1, abs=1e-5)
+    assert losses[True] == pytest.approx(-1, abs=1e-5)
+    assert ratios[False] < 0.9
+    assert losses[False] > -0.99
 
 
 def test_a_mini_batch_may_mix_truncated_and_whole_samples():

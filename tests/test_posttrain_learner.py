@@ -35,6 +35,7 @@ from posttrain.learner.objectives import GrpoObjective
 from posttrain.learner.packing import PackedBatch
 from posttrain.learner.policy import Policy
 from posttrain.protocols import OpenTeachers, Teacher
+from posttrain.stages.grpo import learn
 from posttrain.types import Sample, TokenArrays, Tokens
 
 VOCABULARY = 60
@@ -341,6 +342,42 @@ def test_the_reference_is_the_model_at_the_start(lora: Lora | None) -> None:
     assert kls[0] == pytest.approx(0, abs=1e-6)
     assert kls[-1] > 1e-4
     torch.testing.assert_close(learner.reference(batch).hidden_ND, at_start, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_the_reference_moves_when_it_is_due_and_is_resumed_bit_for_bit(tmp_path: Path, alpha: float) -> None:
+    model = tiny_llama()
+    samples = make_samples(model)
+    config = GRPO(beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=alpha, num_iterations=3)
+
+    def steps(learner: Learner, count: int) -> list[float]:
+        objective = GrpoObjective(config=config, max_completion_tokens=24, reference=learner.reference)
+        return [learn(learner, objective, samples, config, seed=str(learner.step))["kl_ref"] for _ in range(count)]
+
+    learner = make_learner(model, keep_reference=True)
+    batch = PackedBatch.collate(samples).to(learner.device)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    # Three optimizer steps, and the reference moved after the second.
+    weights = []
+    objective = GrpoObjective(config=config, max_completion_tokens=24, reference=learner.reference)
+    for _ in range(2):
+        learner.update(samples, objective)
+        weights.append(learner.weights(torch.float32))
+    again = make_learner(tiny_llama(), keep_reference=True)
+    steps(again, 1)
+    moved = tiny_llama()
+    moved.load_state_dict({n: alpha * weights[1][n] + (1 - alpha) * start[n] for n in weights[1]}, strict=False)
+    expected = Policy(moved, dtype=torch.float32, lora=None, keep_reference=False, seed=0)
+    with torch.no_grad():
+        torch.testing.assert_close(again.reference(batch).hidden_ND, expected.forward(batch).hidden_ND)
+
+    path = again.save_checkpoint(tmp_path)
+    whole = steps(again, 3)
+    resumed = make_learner(tiny_llama(), keep_reference=True)
+    resumed.load_checkpoint(path)
+    assert steps(resumed, 3) == whole
+    with pytest.raises(RecipeError, match="sync_ref_model with"):
+        make_learner(tiny_llama(), lora=Lora(rank=2)).sync_reference(0.5)
 
 
 def test_a_missing_reference_is_an_error() -> None:

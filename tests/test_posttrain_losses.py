@@ -19,9 +19,21 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from posttrain.config import GRPO
+from posttrain.config import GRPO, Optim
+from posttrain.learner.learner import Learner
 from posttrain.learner.logprobs import token_logprobs
-from posttrain.learner.losses import Normaliser, PolicyTokens, grpo_loss
+from posttrain.learner.losses import (
+    Normaliser,
+    PolicyTokens,
+    clipped_surrogate,
+    engine_correction,
+    grpo_loss,
+    high_entropy_mask,
+    reduce_tokens,
+)
+from posttrain.learner.objectives import GrpoObjective
+from posttrain.stages.grpo import learn
+from posttrain.types import Sample, TokenArrays, Tokens
 
 PAD, VOCAB, BUDGET = 0, 31, 9
 PROMPT_LENGTHS, COMPLETION_LENGTHS = (3, 1, 4, 2, 3, 2, 2), (5, 9, 1, 7, 3, 4, 6)
@@ -102,6 +114,8 @@ def rows() -> list[SimpleNamespace]:
         with torch.no_grad():
             logprobs, _ = score(model, row)
         row.behaviour, row.ref = logprobs + row.noise, logprobs + row.ref_noise
+        row.engine = row.behaviour + torch.randn(len(logprobs), generator=generator) * 0.3
+        row.batch = made
     return made
 
 
@@ -120,7 +134,20 @@ def padded(tensors: list[torch.Tensor], width: int, *, left: bool = False) -> to
 
 def trl_loss(trainer: GRPOTrainer, rows: list[SimpleNamespace], config: GRPO) -> tuple[torch.Tensor, dict]:
     """Loss and gradients of the real ``GRPOTrainer._compute_loss`` on padded rows."""
+    inputs = trl_inputs(trainer, rows, config)
+    trainer.model.load_state_dict(tiny_model(0).state_dict())
+    trainer.model.train().zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+
+
+def trl_inputs(trainer: GRPOTrainer, rows: list[SimpleNamespace], config: GRPO) -> dict:
+    """Sets the trainer to ``config``; returns the batch that it takes."""
     trainer.loss_type, trainer.importance_sampling_level = config.loss_type, config.importance_sampling_level
+    if config.loss_type == "gspo":
+        trainer.loss_type, trainer.importance_sampling_level = "grpo", "sequence"
+    trainer.top_entropy_quantile = config.top_entropy_quantile
     trainer.beta, trainer.off_policy_mask_threshold = config.beta, config.off_policy_mask_threshold
     trainer.epsilon_low = config.epsilon
     trainer.epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
@@ -140,27 +167,56 @@ def trl_loss(trainer: GRPOTrainer, rows: list[SimpleNamespace], config: GRPO) ->
         "advantages": torch.tensor([row.advantage for row in rows]),
         "num_items_in_batch": torch.stack([row.mask.sum() for row in rows]).sum(),
     }
-    trainer.model.load_state_dict(tiny_model(0).state_dict())
-    trainer.model.train().zero_grad()
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    # TRL corrects for its own engine only.
+    mode = config.importance_sampling_correction
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = mode is not None, mode is not None
+    if mode is not None:
+        inputs["sampling_per_token_logps"] = padded([row.engine for row in rows], completion)
+        inputs["importance_sampling_ratio"] = trl_correction(inputs, config)
+    return inputs
 
 
-def flat_tokens(model: LlamaForCausalLM, rows: list[SimpleNamespace]) -> PolicyTokens:
+def trl_correction(inputs: dict, config: GRPO) -> torch.Tensor:
+    """The lines of ``GRPOTrainer._generate_and_score_completions`` that do this."""
+    level, how = config.importance_sampling_correction.split("_")
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    difference = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]) * mask
+    if level == "sequence":
+        difference = difference.sum(dim=-1, keepdim=True)
+    elif level == "geometric":  # not in TRL
+        difference = difference.sum(dim=-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio, low, high = difference.exp(), config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if how == "truncate":
+        return ratio.clamp(min=low, max=high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+
+
+def flat_tokens(model: LlamaForCausalLM, rows: list[SimpleNamespace], config: GRPO) -> PolicyTokens:
     """The loss tokens of the rows, one after another."""
     keep = torch.cat([row.mask for row in rows]).bool()
     scored = [score(model, row) for row in rows]
     lengths = torch.tensor([len(row.completion) for row in rows])
+    old = torch.cat([row.behaviour for row in rows])[keep]
+    corrects = config.importance_sampling_correction is not None
     return PolicyTokens(
         logprobs=torch.cat([logprobs for logprobs, _ in scored])[keep],
         entropies=torch.cat([entropies for _, entropies in scored])[keep],
-        behaviour_logprobs=torch.cat([row.behaviour for row in rows])[keep],
+        behaviour_logprobs=torch.cat([row.engine for row in rows])[keep] if corrects else old,
+        old_logprobs=old if corrects else None,
+        high_entropy=high_entropy(model, rows, config)[keep],
         ref_logprobs=torch.cat([row.ref for row in rows])[keep],
         advantages=torch.tensor([row.advantage for row in rows]).repeat_interleave(lengths)[keep],
         segment=torch.arange(len(rows)).repeat_interleave(lengths)[keep],
         num_segments=len(rows),
     )
+
+
+@torch.no_grad()
+def high_entropy(model: LlamaForCausalLM, rows: list[SimpleNamespace], config: GRPO) -> torch.Tensor:
+    """By the quantile over all loss tokens of the batch, whichever rows are asked for."""
+    everything = torch.cat([score(model, row)[1][row.mask.bool()] for row in rows[0].batch])
+    threshold = torch.quantile(everything, 1 - config.top_entropy_quantile)
+    return high_entropy_mask(torch.cat([score(model, row)[1] for row in rows]), threshold)
 
 
 def our_loss(micro_batches: list[list[SimpleNamespace]], config: GRPO) -> tuple[torch.Tensor, dict, list]:
@@ -171,7 +227,7 @@ def our_loss(micro_batches: list[list[SimpleNamespace]], config: GRPO) -> tuple[
     )
     model, total, metrics = tiny_model(0), torch.zeros(()), []
     for batch in micro_batches:
-        loss, measured = grpo_loss(flat_tokens(model, batch), config, normaliser=normaliser)
+        loss, measured = grpo_loss(flat_tokens(model, batch, config), config, normaliser=normaliser)
         loss.backward()
         total += loss.detach()
         metrics.append(measured)
@@ -184,7 +240,7 @@ def relative_error(found: dict, expected: dict) -> float:
     return float(max((found[name] - expected[name]).norm() for name in expected) / norm)
 
 
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
+LOSS_TYPES = ["grpo", "gspo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 VARIANTS = {
     "plain": {},
     "sequence": {"importance_sampling_level": "sequence"},
@@ -195,6 +251,20 @@ VARIANTS = {
     "kl_unbiased_sequence": {"beta": 0.1, "importance_sampling_level": "sequence"},
     "off_policy_mask": {"off_policy_mask_threshold": 0.5},
     "entropy": {"entropy_coef": 0.05},
+    "top_entropy": {"top_entropy_quantile": 0.4, "beta": 0.1},
+    "token_truncate": {"importance_sampling_correction": "token_truncate", "importance_sampling_clip_max": 1.2},
+    "token_mask": {"importance_sampling_correction": "token_mask", "importance_sampling_clip_min": 0.6},
+    "sequence_truncate": {
+        "importance_sampling_correction": "sequence_truncate",
+        "importance_sampling_clip_min": 0.7,
+        "importance_sampling_clip_max": 1.5,
+    },
+    "sequence_mask": {
+        "importance_sampling_correction": "sequence_mask",
+        "importance_sampling_clip_max": 2.0,
+        "off_policy_mask_threshold": 0.5,
+    },
+    "geometric_mask": {"importance_sampling_correction": "geometric_mask", "importance_sampling_clip_max": 1.1},
     "v32": {"beta": 0.1, "off_policy_mask_threshold": 0.5, "delta": 2.0, "entropy_coef": 0.01},
 }
 
@@ -214,12 +284,11 @@ def test_equals_trl_in_loss_and_gradient(trainer, rows, loss_type, variant):
     assert relative_error(gradient, expected_gradient) < 1e-5
 
 
-@pytest.mark.parametrize("variant", ["importance_sampling_level", "delta", "off_policy_mask_threshold", "beta"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("plain", "clip_higher", "entropy")])
 def test_every_variant_changes_the_gradient(rows, variant):
     """Guards the parity above: a variant that did nothing on this batch would be compared with itself."""
-    changed = {"importance_sampling_level": "sequence", "delta": 1.5, "off_policy_mask_threshold": 0.5, "beta": 0.1}
     _, plain, _ = our_loss([rows], GRPO())
-    _, gradient, _ = our_loss([rows], GRPO(**{variant: changed[variant]}))
+    _, gradient, _ = our_loss([rows], GRPO(**VARIANTS[variant]))
     assert relative_error(gradient, plain) > 1e-3
 
 
@@ -252,6 +321,139 @@ def flat(logprobs: list[float], behaviour: list[float], advantages: list[float],
 
 
 ONE_EACH = Normaliser(num_rows=4, num_tokens=4, max_completion_tokens=1)
+
+
+def samples_of(rows: list[SimpleNamespace], name: str) -> list[Sample]:
+    """With the log-probabilities of that name as the engine's."""
+    samples = []
+    for index, row in enumerate(rows):
+        zeros = torch.zeros(len(row.prompt))
+        arrays = TokenArrays(
+            token_ids=torch.cat([row.prompt, row.completion]).numpy().astype(np.int32),
+            loss_mask=torch.cat([zeros, row.mask]).numpy().astype(np.bool_),
+            logprobs=torch.cat([zeros, getattr(row, name)]).numpy(),
+            versions=np.zeros(len(row.prompt) + len(row.completion), np.int32),
+        )
+        sample = Sample(id=f"s{index}", task_id="t", domain="d", tokens=Tokens.of(arrays), advantage=row.advantage)
+        samples.append(sample)
+    return samples
+
+
+@pytest.mark.parametrize("variant", ["plain", "v32", "token_truncate", "top_entropy"])
+def test_several_inner_epochs_equal_trls(trainer, rows, variant):
+    """Three passes over one batch: from the second on the policy is no longer the one that the step began with.
+
+    Which tokens have a high entropy is known at the start here and found anew in each pass there.
+    """
+    passes = 1 if variant == "top_entropy" else 3
+    config = GRPO(num_iterations=passes, loss_type="grpo", **VARIANTS[variant])
+    model, corrects = tiny_model(0), config.importance_sampling_correction is not None
+    learner = Learner(
+        tiny_model(0), optim=Optim(learning_rate=1e-2), num_steps=3, tokens_per_micro_batch=20, keep_reference=True
+    )
+    for row in rows:
+        with torch.no_grad():
+            row.here = score(model, row)[0]
+            row.ref = row.here
+        row.old = row.here if corrects else row.behaviour
+    objective = GrpoObjective(config=config, max_completion_tokens=BUDGET, reference=learner.reference)
+    found = learn(learner, objective, samples_of(rows, "engine" if corrects else "behaviour"), config, seed="")
+
+    inputs = trl_inputs(trainer, rows, config)
+    inputs["old_per_token_logps"] = padded([row.old for row in rows], max(COMPLETION_LENGTHS))
+    if corrects:
+        inputs["importance_sampling_ratio"] = trl_correction(inputs, config)
+    trainer.model.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0)
+    losses, norms = [], []
+    for _ in range(passes):
+        optimizer.zero_grad()
+        loss = trainer._compute_loss(trainer.model.train(), inputs)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).item())
+        optimizer.step()
+        losses.append(loss.item())
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert len({round(loss, 4) for loss in losses}) == passes
+
+
+RATIOS = torch.linspace(0.05, 6.0, 60, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("advantage", [1.7, -1.7])
+def test_delta_from_one_plus_epsilon_high_on_is_dual_clip(advantage):
+    """arXiv 1912.09729, Eq. 5, written out in float64 with its maximum over the clipped and the bounded term."""
+    losses = []
+    for dual in (True, False):
+        ratio = RATIOS.clone().requires_grad_()
+        a = torch.full_like(ratio, advantage)
+        if dual:
+            inner = torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+            loss = -torch.where(a < 0, torch.maximum(inner, 3.0 * a), inner)
+        else:
+            loss = clipped_surrogate(ratio, a, low=0.2, high=0.28, delta=3.0)
+        loss.sum().backward()
+        losses.append((loss, ratio.grad))
+    assert bool((losses[0][0].detach() == -3.0 * advantage).any()) == (advantage < 0), "the bound was reached"
+    for found, expected in zip(*losses, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+def test_geometric_correction_equals_its_formula_and_does_not_depend_on_length(how):
+    """The share of rows that a sequence's sum leaves alone falls with length, that of its mean does not."""
+    generator = torch.Generator().manual_seed(0)
+    kept = {}
+    for length in (4, 400):
+        log_ratio = torch.randn(200, length, generator=generator) * 0.3 / 2**0.5
+        rows = torch.arange(200).repeat_interleave(length)
+        flat_ratio = log_ratio.flatten()
+        tokens = PolicyTokens(
+            logprobs=flat_ratio,
+            behaviour_logprobs=flat_ratio,
+            advantages=flat_ratio,
+            segment=rows,
+            num_segments=200,
+        )
+        for level in ("sequence", "geometric"):
+            config = GRPO(
+                importance_sampling_correction=f"{level}_{how}",
+                importance_sampling_clip_min=0.5,
+                importance_sampling_clip_max=2.0,
+            )
+            found = engine_correction(flat_ratio, tokens, config)
+            exponent = log_ratio.double().sum(-1) if level == "sequence" else log_ratio.double().mean(-1)
+            weight = exponent.exp()
+            inside = (weight >= 0.5) & (weight <= 2)
+            expected = weight.clamp(0.5, 2.0) if how == "truncate" else torch.where(inside, weight, 0.0)
+            torch.testing.assert_close(found.double(), expected[rows], rtol=1e-4, atol=1e-6)
+            kept[level, length] = inside.float().mean()
+    assert kept["geometric", 400] == kept["geometric", 4] == 1
+    assert kept["sequence", 400] < 0.25 < 0.75 < kept["sequence", 4]
+
+
+AT_OLD = ["plain", "sequence", "delta", "off_policy_mask", "token_truncate", "sequence_mask", "geometric_mask"]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_at_theta_old_every_ratio_is_one_and_every_mask_keeps(rows, loss_type):
+    """And the policy's gradient is that of ``-A log pi``, whatever the variant."""
+    tokens = flat_tokens(tiny_model(0), rows, GRPO())
+    here = tokens.logprobs.detach()
+    normaliser = Normaliser(num_rows=ROWS, num_tokens=len(here), max_completion_tokens=BUDGET)
+    for variant in AT_OLD:
+        logprobs = here.clone().requires_grad_()
+        at_old = dataclasses.replace(tokens, logprobs=logprobs, behaviour_logprobs=here, old_logprobs=here)
+        loss, metrics = grpo_loss(at_old, settings(loss_type, **VARIANTS[variant]), normaliser=normaliser)
+        shares = {name: float(numerator / denominator) for name, (numerator, denominator) in metrics.items()}
+        zero = {name: share for name, share in shares.items() if name not in ("ratio", "engine_ratio", "entropy")}
+        assert zero == dict.fromkeys(zero, 0.0)
+        assert shares["ratio"] == shares.get("engine_ratio", 1.0) == 1.0
+        loss.backward()
+        plain = here.clone().requires_grad_()
+        reduce_tokens(-at_old.advantages * plain, at_old, loss_type, normaliser).backward()
+        torch.testing.assert_close(logprobs.grad, plain.grad, rtol=1e-6, atol=1e-8)
 
 
 def test_metrics_count_what_they_name():
@@ -305,6 +507,10 @@ def test_missing_inputs_are_named():
         grpo_loss(tokens, GRPO(beta=0.1), normaliser=ONE_EACH)
     with pytest.raises(ValueError, match="entropies"):
         grpo_loss(tokens, GRPO(entropy_coef=0.1), normaliser=ONE_EACH)
+    with pytest.raises(ValueError, match="old_logprobs; pass them or set it to None"):
+        grpo_loss(tokens, GRPO(importance_sampling_correction="token_mask"), normaliser=ONE_EACH)
+    with pytest.raises(ValueError, match="high_entropy; pass them or set it to 1"):
+        grpo_loss(tokens, GRPO(top_entropy_quantile=0.2), normaliser=ONE_EACH)
     with pytest.raises(ValueError, match="advantages has shape"):
         dataclasses.replace(tokens, advantages=torch.zeros(2))
 

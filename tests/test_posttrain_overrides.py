@@ -77,7 +77,7 @@ def test_an_override_is_typed_by_its_field(override, read, expected):
         ("model.lora=8", ["expected a valid dictionary or instance of Lora. Fields: alpha, "]),
         ("domains.math.sampling=8", ["expected a dictionary or an instance of Sampling. Fields: max_tokens, "]),
         ("domains.math.tasks.limits=8", ["Tasks.limits = '8'", "instance of SandboxSpec. Fields: cpus, "]),
-        ("domains.math=3", ["whole entry", "Fields: environment, grpo, "]),
+        ("domains.math=3", ["whole entry", "Fields: efforts, environment, grpo, "]),
         ("domains.math.weight.x=3", ["domains.math.weight = 1.0 is of type float", "set it as a whole"]),
         ("seed", ["path=value"]),
         ("distill.max_steps=3", ["distill"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import packed_attention, use_packed_attention
-from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
+from posttrain.learner.packing import PackedBatch, Totals, divide_over_ranks, plan_micro_batches
 from posttrain.types import Sample, TokenArrays, Tokens
 
 SIZES = {
@@ -30,15 +31,18 @@ SIZES = {
 }
 
 
-def sample(name: str, length: int, *, teacher: str | None = None, seed: int = 0) -> Sample:
+def sample(
+    name: str, length: int, *, teacher: str | None = None, seed: int = 0, starts: Sequence[int] | None = None
+) -> Sample:
     rng = np.random.default_rng([seed, length])
     mask = rng.random(length) < 0.6
-    mask[0] = False
+    mask[list(starts or [0])] = False
     arrays = TokenArrays(
         token_ids=rng.integers(0, 50, length).astype(np.int32),
         loss_mask=mask,
         logprobs=np.where(mask, -rng.random(length), np.nan).astype(np.float32),
         versions=np.zeros(length, np.int32),
+        starts=None if starts is None else np.array(starts, np.int32),
     )
     return Sample(
         id=name, task_id=name, domain="math", tokens=Tokens.of(arrays), advantage=float(length), teacher=teacher
@@ -88,6 +92,31 @@ def test_a_plan_of_many_samples_is_quick_and_tight_and_reads_no_arrays() -> None
     assert sum(lengths) > 0.99 * 8192 * len(plan)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("counts", [[40], [30, 9, 1], [2] * 12, [1, 0, 0, 50, 3], [1]])
+def test_ranks_get_equal_tokens_and_few_teachers(num_ranks: int, counts: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    light = Tokens(num_tokens=1, num_loss_tokens=1, version_range=(0, 0), source=None)
+    samples = [
+        Sample(
+            id=f"s{teacher}-{i}",
+            task_id="t",
+            domain="d",
+            teacher=f"teacher-{teacher}",
+            tokens=replace(light, num_tokens=int(rng.integers(1, 500))),
+        )
+        for teacher, count in enumerate(counts)
+        for i in range(count)
+    ]
+    shares = divide_over_ranks(samples, num_ranks)
+    assert sorted(each.id for share in shares for each in share) == sorted(each.id for each in samples)
+    tokens, longest = [sum(map(len, share)) for share in shares], max(map(len, samples))
+    assert max(tokens) - sum(tokens) / num_ranks <= longest
+    visits = sum(len({each.teacher for each in share}) for share in shares)
+    assert visits <= len({each.teacher for each in samples}) + num_ranks - 1
+    assert divide_over_ranks(samples[::-1], num_ranks) == shares
+
+
 def test_collate_points_each_loss_token_at_its_predecessor() -> None:
     samples = [sample("a", 9), sample("b", 5), sample("c", 5, seed=1)]
     batch = PackedBatch.collate(samples)
@@ -114,13 +143,17 @@ def test_collate_points_each_loss_token_at_its_predecessor() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_packed_states_and_gradients_equal_those_of_each_sample_alone(kind: str) -> None:
-    samples = [sample("a", 17), sample("b", 9), sample("c", 9, seed=1), sample("d", 1), sample("e", 30)]
+    anew = sample("f", 21, starts=[0, 9, 12])
+    samples = [sample("a", 17), sample("b", 9), anew, sample("c", 9, seed=1), sample("d", 1), sample("e", 30)]
+    sequences = [part for s in samples for part in np.split(s.load().token_ids, np.cumsum(s.load().lengths)[:-1])]
     alone, packed = tiny_model(kind), tiny_model(kind)
     use_packed_attention(packed)
     batch = PackedBatch.collate(samples)
     direction = torch.randn(len(batch.token_ids), 32, generator=torch.Generator().manual_seed(1))
 
-    states = [alone.get_decoder()(torch.tensor(s.load().token_ids[None])).last_hidden_state[0] for s in samples]
+    assert batch.segment_lengths == (17, 9, 9, 3, 9, 9, 1, 30)
+    assert batch.segment_ids.max() == len(samples) - 1
+    states = [alone.get_decoder()(torch.tensor(part[None])).last_hidden_state[0] for part in sequences]
     row = packed.get_decoder()(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],

@@ -97,7 +97,8 @@ def rollouts_of(stage: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_ahead_of_its_learner_trains_on_every_group_once_over_a_kill(start_mini, tmp_path):
-    run_dir, ahead = tmp_path / "run", ("--set", "domains.*.grpo.max_staleness=1")
+    run_dir = tmp_path / "run"
+    ahead = ("--set", "domains.*.grpo.max_staleness=1", "--set", "domains.*.grpo.max_refills=0")
     stage = run_dir / "stages" / "grpo-vowels"
     kill_at(start_mini(run_dir, *ahead), stage, "checkpoints/step-00000[2-9]")
     saved = json.loads(max(stage.glob("checkpoints/step-*/checkpoint.json")).read_text())["caller"]

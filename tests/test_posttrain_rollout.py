@@ -31,6 +31,7 @@ from posttrain.types import (
     Message,
     Request,
     Rollout,
+    Route,
     Sampling,
     SandboxSpec,
     Score,
@@ -760,8 +761,24 @@ def test_distillation_takes_everything_the_policy_did_and_no_machinery_failure()
         rollout_of("late", domain="math", stop=StopReason.DEADLINE),
         rollout_of("broken", domain="math", stop=StopReason.ERROR),
     ]
-    samples = distill_samples(rollouts, {"math": 1.0, "code": 0.5})
-    assert [(s.id, s.teacher, s.weight) for s in samples] == [("right", "math", 1.0), ("cut", "code", 0.5)]
+    groups = [
+        Group(
+            task=rollout.task,
+            rollouts=(rollout,),
+            scores=(Score(value=None),),
+            route=Route(teacher=f"{rollout.task.domain}-teacher", weight=0.5),
+        )
+        for rollout in rollouts
+    ]
+    samples = distill_samples(groups, scale_of={"code": 4.0})
+    assert [(s.id, s.teacher, s.weight) for s in samples] == [
+        ("right", "math-teacher", 0.5),
+        ("cut", "code-teacher", 2.0),
+    ]
+    scored = distill_samples(groups, [[0.5], [math.nan], [0.0], [0.0]])
+    assert [s.advantage for s in scored] == [0.5, 0.0]
+    with pytest.raises(ValueError, match="has no route"):
+        distill_samples([replace(groups[0], route=None)])
 
 
 def test_metrics_count_failures_and_never_average_them_in():

@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from posttrain.config import Workers
-from posttrain.errors import RecipeError
+from posttrain.config import GRPO, Workers
+from posttrain.errors import Preempted, RecipeError
 from posttrain.rollout.environments import SingleTurn
 from posttrain.rollout.player import GroupJob, Play
-from posttrain.rollout.samples import staleness_metrics, without_stale_tokens
+from posttrain.rollout.samples import group_advantage_rows, staleness_metrics, without_stale_tokens
 from posttrain.rollout.stream import GroupStream
+from posttrain.stages.refill import Refills, refill_metrics, teaches_nothing, without_useless
 from posttrain.types import (
     Group,
     Rollout,
@@ -178,6 +180,139 @@ def test_few_failures_do_not_stop_a_step():
     service = Service(outcome=lambda asked: ScoreStatus.SANDBOX_ERROR if asked.id == "s/1" else ScoreStatus.OK)
     assert tasks(stream_of(service).take()) == ["t0", "t1", "t2"]
     assert service.submitted == ["s/0", "s/1", "s/2"]
+
+
+class Source:
+    """Tasks in an order; the second epoch is another one."""
+
+    def train(self, *, seed: int) -> list[Task]:
+        return [Task(id=f"t{seed}-{i}", domain="d", prompt=()) for i in range(20)]
+
+
+def mixed(asked: GroupJob, *values: float | None) -> Group:
+    rollouts = tuple(
+        Rollout(id=f"{asked.id}/{i}", task=asked.task, turns=(), stop=StopReason.FINISHED) for i in range(len(values))
+    )
+    status = {True: ScoreStatus.OK, False: ScoreStatus.SANDBOX_ERROR}
+    scores = tuple(Score(value=value, status=status[value is not None]) for value in values)
+    return Group(task=asked.task, rollouts=rollouts, scores=scores)
+
+
+@dataclass
+class Scoring(Service):
+    """Scores a job's rollouts by its id."""
+
+    values: Callable[[str], Sequence[float | None]] = lambda job_id: (0.0, 1.0)
+    interrupt_at: str = ""
+
+    def collect(self) -> list[tuple[GroupJob, Group]]:
+        complete = []
+        for _ in range(min(self.at_once, len(self.waiting))):
+            done = self.order(self.waiting)
+            if done.id == self.interrupt_at:
+                raise Preempted
+            self.waiting.remove(done)
+            complete.append((done, mixed(done, *self.values(done.id))))
+        return complete
+
+
+def refills(max_refills: int, *, used: int = 0) -> Refills:
+    return Refills(
+        {"d": SimpleNamespace(tasks=Source())},  # type: ignore[dict-item]
+        seed=0,
+        behind={"d": 6 + used},
+        job=lambda job_id, task: GroupJob(id=job_id, task=task, num_rollouts=2, play=PLAY, seed=0),
+        max_refills=max_refills,
+    )
+
+
+USELESS = {"s/0", "s/2", "s/0/more-0-1"}
+
+
+def test_a_step_asks_for_other_groups_until_it_has_enough_that_teach_something():
+    service = Scoring(values=lambda job_id: (1.0, 1.0) if job_id in USELESS else (0.0, 1.0))
+    stream = stream_of(service)
+    groups = stream.take(refills(3).of_step("s/0"))
+    assert service.submitted == ["s/0", "s/1", "s/2", "s/0/more-0-0", "s/0/more-0-1", "s/0/more-1-0"]
+    # Behind the last task of the stage's own, in their order.
+    assert tasks(groups)[3:] == ["t0-6", "t0-7", "t0-8"]
+    assert refill_metrics(groups, refilled=3) == {
+        "refilled_groups": 3.0,
+        "zero_variance_groups": 3.0,
+        "missing_groups": 0.0,
+    }
+    rows = without_useless(groups, [[-0.5, 0.5]] * 6)
+    assert [np.isnan(row).all() for row in rows] == [True, False, True, False, True, False]
+    assert stream.refilled == {"d": 3}
+
+
+def test_a_step_gives_up_after_so_many_rounds_and_a_round_waits_for_its_slowest():
+    slow = "s/0/more-0-0"
+    service = Scoring(
+        values=lambda job_id: (1.0, 1.0) if job_id != slow else (0.0, 1.0),
+        order=lambda waiting: next((j for j in waiting if j.id != slow), waiting[0]),
+    )
+    stream = stream_of(service, staleness=1)
+    groups = stream.take(refills(2).of_step("s/0"))
+    assert [id for id in service.submitted if "more" in id] == [
+        *("s/0/more-0-0", "s/0/more-0-1", "s/0/more-0-2"),
+        *("s/0/more-1-0", "s/0/more-1-1"),
+    ]
+    assert len(groups) == 8
+    assert refill_metrics(groups, refilled=5)["missing_groups"] == 2
+    # What the stream had under way meanwhile waits its turn.
+    assert tasks(stream.take()) == ["t3", "t4", "t5"]
+
+
+@pytest.mark.parametrize("values", [(1.0, None), (None, None), (0.0, 1.0)])
+def test_what_the_machinery_failed_is_not_replaced_as_if_it_taught_nothing(values: tuple[float | None, ...]):
+    service = Scoring(values=lambda job_id: values if job_id == "s/1" else (0.0, 1.0))
+    groups = stream_of(service).take(refills(3).of_step("s/0"))
+    assert len(groups) == 3
+    assert refill_metrics(groups, refilled=0)["zero_variance_groups"] == 0
+
+
+def test_a_step_interrupted_in_a_refill_is_played_again_with_the_same_jobs():
+    def values(job_id: str) -> tuple[float, float]:
+        return (1.0, 1.0) if job_id in USELESS else (0.0, 1.0)
+
+    whole = Scoring(values=values)
+    stream = stream_of(whole, staleness=1)
+    own = refills(3)
+    steps = [tasks(stream.take(own.of_step(f"s/{step}"))) for step in range(2)]
+
+    service = Scoring(values=values, interrupt_at="s/0/more-1-0")
+    stream = stream_of(service, staleness=1)
+    with pytest.raises(Preempted):
+        stream.take(refills(3).of_step("s/0"))
+    pending = stream.pending()
+    assert pending == [0, 1, 2, 3, 4, 5]
+    assert stream.refilled.total() == 0
+    again = Scoring(values=values)
+    resumed = stream_of(again, staleness=1, jobs=map(job, itertools.chain(pending, itertools.count(6))))
+    own = refills(3, used=stream.refilled["d"])
+    assert [tasks(resumed.take(own.of_step(f"s/{step}"))) for step in range(2)] == steps
+    assert again.submitted == whole.submitted
+
+
+def test_effort_modes_of_one_prompt_have_a_baseline_each():
+    """Short answers of one mode and long ones of another are not compared, and one that is alike teaches nothing."""
+    forms = [Task(id="t", domain="d", prompt=(), effort=mode) for mode in ("non-think", "high", "max")]
+    values = (0.0, 0.5, 1.0, 1.0, 0.5, None)
+    rollouts = tuple(
+        Rollout(id=f"r/{i}", task=forms[i % 3], turns=(), stop=StopReason.FINISHED) for i in range(len(values))
+    )
+    status = {True: ScoreStatus.OK, False: ScoreStatus.JUDGE_ERROR}
+    scores = tuple(Score(value=value, status=status[value is not None]) for value in values)
+    several = Group(task=forms[0], rollouts=rollouts, scores=scores)
+    (row,) = group_advantage_rows([several], GRPO(), min_group_size=2)
+    assert row[:2] == [-0.5, 0.0]
+    assert row[3:5] == [0.5, 0.0]
+    assert np.isnan([row[2], row[5]]).all(), "a mode with one scored rollout has nothing to compare with"
+    assert not teaches_nothing(several)
+    alike = replace(several, scores=tuple(Score(value=float(i % 3)) for i in range(6)))
+    assert teaches_nothing(alike)
+    assert group_advantage_rows([alike], GRPO(), min_group_size=2) == [[0.0] * 6]
 
 
 def sample(versions: list[int]) -> Sample:

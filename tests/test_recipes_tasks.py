@@ -16,9 +16,10 @@ from recipes.tasks.code import CodeTasks, unit_tests
 from recipes.tasks.math import MathTasks, worked_sum
 from recipes.tasks.splits import is_heldout, problem_id, training
 from recipes.tasks.words import TOPICS, WORDS
+from recipes.tasks.workspace import WorkspaceTasks
 from recipes.tasks.writing import WritingTasks
 
-TINY = [MathTasks(), CodeTasks(), AgentTasks(), WritingTasks()]
+TINY = [MathTasks(), CodeTasks(), AgentTasks(), WritingTasks(), WorkspaceTasks()]
 HARDER = [
     MathTasks(config={"min_terms": 3, "max_terms": 5, "min_digits": 2, "max_digits": 3}),
     CodeTasks(
@@ -26,6 +27,7 @@ HARDER = [
     ),
     AgentTasks(max_words=9, system=EXPLANATION),
     WritingTasks(template="Please write a single line about {topic} that uses the word {word}."),
+    WorkspaceTasks(difficulty=5, form="fence"),
 ]
 
 everywhere = pytest.mark.parametrize("source", TINY + HARDER, ids=lambda s: type(s).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from posttrain.errors import RecipeError
 from posttrain.protocols import Sandbox
 from posttrain.types import Rollout, SandboxSpec, Score, ScoreStatus, Task
 from rewards.controls import Case
-from rewards.length import CosineLength, OverlongPenalty
+from rewards.length import CosineLength, EffortPenalty, OverlongPenalty
 
 
 def rollout(tokens: int) -> Rollout:
@@ -49,6 +50,23 @@ def test_overlong_penalty_never_rises_with_length(short: int, more: int) -> None
     assert first is not None
     assert second is not None
     assert -1.0 <= second <= first <= 0.0
+
+
+@pytest.mark.parametrize(
+    ("effort", "tokens", "expected"),
+    [
+        ("1", 100, -0.5),
+        ("non-think", 100, -0.5),
+        ("31", 100, -0.5 * math.exp(-1)),
+        ("max", 100, -0.5 * math.exp(-3.3)),
+        (None, 50, -0.25 * math.exp(-74 / 30)),
+        ("1", 1000, -1.0),
+    ],
+)
+def test_effort_penalty_is_that_of_v4_1(effort: str | None, tokens: int, expected: float) -> None:
+    reward = EffortPenalty(normal_tokens=100, k0=0.5, tau=30.0, max_penalty=1.0)
+    asked = replace(rollout(tokens), task=Task(id="t", domain="d", prompt=(), effort=effort))
+    assert asyncio.run(reward.score(asked)).value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def test_file_store_leaves_no_scratch_files(tmp_path: Path) -> None:
     for index in range(3):
         store.put(f"sample-{index}", states(seed=index))
     store.free(["sample-0"])
-    (tmp_path / "killed-while-writing.1234.tmp").write_bytes(b"part")
+    abandoned = tmp_path / "killed-while-writing.1234.tmp"
+    abandoned.write_bytes(b"part")
+    os.utime(abandoned, (0, 0))
     store = file_store(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".states"}
     assert len(list(tmp_path.iterdir())) == 2

@@ -82,6 +82,15 @@ def test_states_are_those_that_predict_the_loss_tokens() -> None:
     assert (stats.tokens, stats.bytes_cached, stats.teacher_loads) == (6, 3 * 4 * 2, 1)
 
 
+def test_the_sequences_of_a_rollout_that_began_anew_are_read_apart() -> None:
+    teacher, store, one = FakeTeacher("math", []), MemoryStore(), sample(3, "math")
+    anew = replace(one.load(), starts=np.array([0, 4], np.int32))
+    with TeacherPool({"math": teacher}, memory_mb=64) as pool:
+        pool.cache_states([replace(one, tokens=Tokens.of(anew))], store)
+    first, second = teacher.load("cpu").hidden_states(np.split(anew.token_ids, [4]))
+    assert torch.equal(store.get("s3"), torch.stack([first[1], first[2], second[0]]).bfloat16())
+
+
 def test_samples_without_loss_tokens_get_empty_states() -> None:
     store = MemoryStore()
     with TeacherPool({"math": FakeTeacher("math", [])}, memory_mb=64) as pool:

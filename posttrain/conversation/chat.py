@@ -85,6 +85,9 @@ class ChatFormat:
             )
         return self.encode(whole[len(before) :])
 
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> None:
+        """Nothing: a template that rewrites earlier turns is refused by ``encode_observations``."""
+
     def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
         """Token sequences with a mask, both [T], that is True on what the assistant says.
 

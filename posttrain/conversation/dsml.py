@@ -113,8 +113,10 @@ def _invoke(call: ToolCall) -> str:
 def _parameter(tool: str, name: str, value: Any) -> str:
     name, where = _quoted(name, f"a parameter's name of {tool}"), f"parameter {name!r} of {tool}"
     is_string = isinstance(value, str)
-    # Within JSON the token is always part of a string, where it has another spelling.
-    text = check_text(value, where) if is_string else to_json(value, where).replace(DSML, "\\uff5cDSML\\uff5c")
+    text = check_text(value, where) if is_string else to_json(value, where)
+    if PARAMETER_END in text and not is_string:
+        # Within JSON it is part of a string, where the token has another spelling.
+        text = text.replace(DSML, "\\uff5cDSML\\uff5c")
     if PARAMETER_END in text:
         raise Unwritable(
             "value_end",

@@ -138,6 +138,13 @@ def parse_turn(text: str, *, thinking: bool, strict: bool = True) -> ParsedTurn:
     return parser.turn
 
 
+def parse_shown(text: str, *, ended: bool = True, strict: bool = True) -> ParsedTurn:
+    """A turn as ``V4Format.decode`` shows it: from its first ``<think>`` on where it begins with reasoning, and without
+    its end, which it had when it ``ended``. ``MalformedTurn``."""
+    thinking = text.startswith(THINK)
+    return parse_turn(text.removeprefix(THINK) + EOS * ended, thinking=thinking, strict=strict)
+
+
 _BARS = "[\uff5c|\u2502\u2503\u2223\u2758\u01c0\u4e28\uffe8\u00a6]"
 _LOOSE = rf"(?P<token>{_BARS}{{1,2}} ?DSML ?{_BARS})"
 """The token or what looks like it."""
@@ -198,6 +205,8 @@ class TurnParser:
         self._reasoning, self._content, self._value = list[str](), list[str](), list[str]()
         self._name, self._arguments = "", dict[str, Any]()
         self._key, self._is_string, self._exact = "", True, True
+        self._line_ends = False
+        """Whether the line break that V4 puts behind the newest tag may still come."""
 
     def feed(self, text: str) -> list[Event]:
         """Read some more text."""
@@ -227,8 +236,11 @@ class TurnParser:
 
     def _in_reasoning(self) -> bool:
         found = self._until(_IN_REASONING, self._say_reasoning)
+        unclosed = f"the reasoning is never closed with {END_THINK}"
         if found is None:
-            return self._wait("think", f"the reasoning is never closed with {END_THINK}", in_call=False)
+            return self._wait("think", unclosed, in_call=False)
+        if found == EOS:
+            raise MalformedTurn("think", unclosed, in_call=False)
         if found != END_THINK:
             raise MalformedTurn("special", f"{found} is inside the reasoning", in_call=found == DSML)
         self._drop(len(found))
@@ -383,12 +395,18 @@ class TurnParser:
     def _tag(self, *kinds: str) -> tuple[str, Any]:
         """Which tag comes next, with its match: as V4 writes it, else as it may be meant, which is a repair. ``wait``
         or ``none``, without a match, when that is not certain yet or none does."""
+        if self._line_ends:
+            if not self._text and not self._final:
+                return "wait", None
+            self._text = self._text.removeprefix("\n")
+            self._line_ends = False
         for table in (_STRICT,) if self._strict else (_STRICT, _LOOSELY):
             found = {kind: table[kind].match(self._text, partial=not self._final) for kind in kinds if kind in table}
             for kind, match in found.items():
                 if match is not None and not match.partial:
                     if table is _LOOSELY:
                         self._mend_tag(kind, match.groupdict())
+                        self._line_ends = kind in ("open", "invoke", "value end", "invoke end")
                     return ("invoke end" if kind == "empty" else kind), match
             if any(found.values()):
                 return "wait", None

@@ -19,6 +19,8 @@ HIGH = "high"
 MAX = "max"
 MODES = (NON_THINK, HIGH, MAX)
 MIN_BUDGET, MAX_BUDGET = 1, 100
+BUDGETS: Mapping[str, int] = {NON_THINK: MIN_BUDGET, HIGH: 75, MAX: MAX_BUDGET}
+"""The scalar efforts that the modes stand for: V4.1's presets, and the least for the mode it has not."""
 
 
 def check_effort(effort: str) -> str:
@@ -41,6 +43,11 @@ def budget(effort: str) -> int | None:
     if not (effort.isascii() and effort.isdigit() and effort == str(int(effort))):
         return None
     return int(effort) if MIN_BUDGET <= int(effort) <= MAX_BUDGET else None
+
+
+def budget_of(effort: str) -> int:
+    """The scalar effort that is asked for."""
+    return BUDGETS[effort] if effort in BUDGETS else int(check_effort(effort))
 
 
 def prefix(effort: str) -> str:

@@ -127,14 +127,9 @@ class V4Format:
     def encode_observations(self, messages: Sequence[Message], *, after: Sequence[Message] = ()) -> IntArray:
         """Tokens between an assistant's end-of-turn token and its next turn, shape [T].
 
-        ``after`` is the conversation before them, as far as it is known. Raises ``RecipeError`` where its reasoning has
-        to be dropped, so that nothing can be appended.
+        ``after`` is the conversation before them, as far as it is known. What it loses by them is a matter of
+        ``forget``.
         """
-        if self.forgets(messages, after=after):
-            raise RecipeError(
-                "a user message without tools declared: the format drops earlier reasoning, so nothing can be "
-                "appended; declare tools, choose the effort 'non-think' or start a new prompt"
-            )
         turns = _turns(messages, calls=_last_calls(after))
         if any(turn.role not in ("user", "latest_reminder") for turn in turns):
             raise RecipeError(
@@ -142,20 +137,22 @@ class V4Format:
             )
         return self.encode([*self._written(turns, keep=True), *self._header(turns[-1])])
 
-    def forgets(self, messages: Sequence[Message], *, after: Sequence[Message]) -> bool:
-        """Whether the reasoning in ``after`` is dropped when these messages follow it."""
-        return (
-            self._drops([*after, *messages])
-            and any(message["role"] in ("user", "developer") for message in messages)
-            and any(message["role"] == "assistant" for message in after)
-        )
+    def forget(self, token_ids: IntArray, messages: Sequence[Message], *, after: Sequence[Message]) -> IntArray | None:
+        """The tokens of the conversation ``after`` without its reasoning, where that is dropped when these messages
+        follow; None where it is not.
 
-    def forget(self, token_ids: IntArray) -> IntArray:
-        """A conversation's tokens without the reasoning: what is between ``<think>`` and ``</think>``, the first of
-        them included, is cut out, and nothing is tokenised again."""
-        opened = np.cumsum(token_ids == self._ids[tokens.THINK])
-        closed = np.cumsum(token_ids == self._ids[tokens.END_THINK])
+        What is between ``<think>`` and ``</think>``, the first of them included, is cut out, and nothing is tokenised
+        again.
+        """
+        asks = any(message["role"] in ("user", "developer") for message in messages)
+        if not (asks and self._drops([*after, *messages])):
+            return None
+        opened, closed = (self._newest(token, token_ids) for token in (tokens.THINK, tokens.END_THINK))
         return token_ids[opened <= closed]
+
+    def _newest(self, token: str, token_ids: IntArray) -> IntArray:
+        """By position, where this token came up last; -1 before it did."""
+        return np.maximum.accumulate(np.where(token_ids == self._ids[token], np.arange(len(token_ids)), -1))
 
     def encode_demonstration(self, messages: Sequence[Message]) -> list[tuple[IntArray, BoolArray]]:
         """Token sequences with a mask, both [T], that is True on what the assistant says.
@@ -235,9 +232,11 @@ class V4Format:
         segments: Segments = []
         for index, turn in enumerate(turns):
             if turn.role == "assistant":
-                shown = self.thinking and (keep or index > last) and turns[index - 1].task is None
-                segments += self._header(turns[index - 1], thinking=self.thinking and (keep or index > last))
-                segments += self._said(turn.last, thinking=shown)
+                thinking = self.thinking and (keep or index > last)
+                # What it answers is gone where that was an earlier developer message, and so is the header.
+                asked = turns[index - 1] if index and turns[index - 1].asks else None
+                segments += [] if asked is None else self._header(asked, thinking=thinking)
+                segments += self._said(turn.last, thinking=thinking and (asked is None or asked.task is None))
             else:
                 segments += _heard(turn)
         return segments
@@ -248,7 +247,7 @@ class V4Format:
         begin: Segments = [Token(tokens.ASSISTANT), Token(tokens.THINK if thinking else tokens.END_THINK)]
         if turn.task is not None:
             return [*(begin if turn.task == "action" else ()), Token(tokens.TASKS[turn.task])]
-        return begin if turn.role != "assistant" else []
+        return begin if turn.asks else []
 
     def _said(self, message: Message, *, thinking: bool) -> Segments:
         segments: Segments = []

@@ -2,8 +2,8 @@
 
 Reverse KL is the on-policy distillation objective of DeepSeek-V4 (Eq. 29); ``measure`` has the formulas. The gradient
 by the student's logits is p_v (g_v - sum_w p_w g_w) for all of them, so that logits are needed only a tile of
-``chunk_tokens`` positions at a time, and never kept. Half-precision models go through ``triton_tiles`` on a GPU, and
-bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4 bytes per entry of one
+``chunk_tokens`` positions at a time, and never kept. Half-precision models go through ``triton_tiles`` on a GPU, for
+reverse KL, and bfloat16 ones through ``cpu_tiles`` on a CPU that multiplies them, which keep 4 bytes per entry of one
 [chunk_tokens, V] tile; what these do not do, ``torch_tiles`` does in 8 bytes.
 
 Precision: the arithmetic on logits, and every sum over tiles, is float32. The KL of half-precision inputs never sees
@@ -140,13 +140,6 @@ class _Inputs:
 
     def _fused_tiles(self) -> type[TritonTiles] | type[CpuTiles] | None:
         """The kernels that take these inputs on this machine, if any."""
-        measure = self.measure
-        if (
-            measure.kind != "reverse_kl"
-            or measure.teacher_logit_cap is not None
-            or measure.vocabulary_group is not None
-        ):
-            return None
         matrices = (*self.side("student"), *self.side("teacher"))
         if not all(matrix.is_contiguous() for matrix in matrices):
             return None
@@ -155,7 +148,8 @@ class _Inputs:
             half = all(matrix.dtype in _HALF for matrix in matrices)
             # Bulk copies want rows that begin at multiples of 16 bytes.
             aligned = all(m.shape[1] % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
-            if same and half and aligned and importlib.util.find_spec("triton"):
+            reverse = self.measure.kind == "reverse_kl"
+            if reverse and same and half and aligned and importlib.util.find_spec("triton"):
                 from posttrain.divergence.triton_tiles import TritonTiles
 
                 return TritonTiles

@@ -72,6 +72,24 @@ class Measure:
         distributed.all_reduce(summed, group=self.vocabulary_group)
         return values if summed is values else values.copy_(summed)
 
+    def of_blocks(self, sums_5BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Either KL [C], and what makes probabilities [2, B, C] of a block's exponentials, from sums over each block.
+
+        ``sums_5BC`` are, per block, the highest logit of student and teacher, the sums of their exponentials below it,
+        and the mean of how far the student's is above the teacher's then, under the student for reverse KL and under
+        the teacher for forward KL. The probability of an entry is the exponential of what it is below its block's
+        highest plus the number returned here.
+        """
+        top_2BC, mass_2BC, mean_BC = sums_5BC[:2], sums_5BC[2:4], sums_5BC[4]
+        below_2BC = top_2BC - self.highest(top_2BC.amax(1))[:, None]
+        mass_2BC = mass_2BC * below_2BC.exp()
+        side = 0 if self.kind == "reverse_kl" else 1
+        apart_C = (mass_2BC[side] * (mean_BC + below_2BC[0] - below_2BC[1])).sum(0)
+        totals_3C = self.total(torch.cat([mass_2BC.sum(1), apart_C[None]]))
+        log_mass_2C = totals_3C[:2].log()
+        kl_C = totals_3C[2] / totals_3C[side] - log_mass_2C[0] + log_mass_2C[1]
+        return (kl_C if side == 0 else -kl_C), below_2BC - log_mass_2C[:, None]
+
     def agreed(self, *facts: int) -> list[int]:
         """The largest of each fact over the processes."""
         if self.vocabulary_group is None:

@@ -90,8 +90,10 @@ class TritonTiles:
             sums,
             count,
             1.0 / self._measure.temperature,
+            self._measure.teacher_logit_cap or 0.0,
             below_top.stride(0),
             *strides,
+            CAPPED=self._measure.teacher_logit_cap is not None,
             VOCABULARY=self._vocabulary,
             STUDENT_WIDTH=hidden[0].shape[1],
             TEACHER_WIDTH=hidden[1].shape[1],
@@ -101,20 +103,11 @@ class TritonTiles:
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
-        kl_C = torch.empty(count, dtype=torch.float32, device=below_top.device)
         row_blocks = triton.cdiv(count, _BLOCK_ROWS)
-        _combine_kernel[(row_blocks,)](
-            sums,
-            kl_C if weights_C is None else weights_C,
-            kl_C,
-            count,
-            1.0 / self._measure.temperature,
-            *strides,
-            WEIGHTED=weights_C is not None,
-            NUM_BLOCKS=self._num_blocks,
-            BLOCK_C=_BLOCK_ROWS,
-            BLOCK_B=128,
-        )
+        if self._measure.vocabulary_group is None:
+            kl_C = self._combined(sums, weights_C)
+        else:
+            kl_C = self._combined_over_slices(sums, weights_C)
         if weights_C is None:
             return kl_C, None
         gradient = below_top.view(student_hidden_CD.dtype)
@@ -131,6 +124,38 @@ class TritonTiles:
             BLOCK_V=BLOCK_V,
         )
         return kl_C, gradient[:, : self._vocabulary]
+
+    def _combined(self, sums_5BC: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
+        """The KL [C]. With weights, a block's total becomes the factor of its exponentials, and its mean what is added
+        to its differences."""
+        count = sums_5BC.shape[2]
+        kl_C = torch.empty(count, dtype=torch.float32, device=sums_5BC.device)
+        _combine_kernel[(triton.cdiv(count, _BLOCK_ROWS),)](
+            sums_5BC,
+            kl_C if weights_C is None else weights_C,
+            kl_C,
+            count,
+            1.0 / self._measure.temperature,
+            sums_5BC.stride(0),
+            sums_5BC.stride(1),
+            WEIGHTED=weights_C is not None,
+            NUM_BLOCKS=self._num_blocks,
+            BLOCK_C=_BLOCK_ROWS,
+            BLOCK_B=128,
+        )
+        return kl_C
+
+    def _combined_over_slices(self, sums_5BC: torch.Tensor, weights_C: torch.Tensor | None) -> torch.Tensor:
+        """As ``_combined``, where other processes have the rest of the vocabulary."""
+        top_BC, total_BC, mean_BC, teacher_top_BC, teacher_total_BC = sums_5BC
+        mean_BC = mean_BC - (top_BC - teacher_top_BC)
+        kl_C, log_scales_2BC = self._measure.of_blocks(
+            torch.stack([top_BC, teacher_top_BC, total_BC, teacher_total_BC, mean_BC])
+        )
+        if weights_C is not None:
+            torch.mul(log_scales_2BC[0].exp(), weights_C / self._measure.temperature, out=sums_5BC[1])
+            torch.sub(mean_BC + log_scales_2BC[0] - log_scales_2BC[1], kl_C, out=sums_5BC[2])
+        return kl_C
 
 
 @triton.jit
@@ -151,6 +176,17 @@ def _logits(
 
 
 @triton.jit
+def _capped(logits, cap):
+    """``cap tanh(logits / cap)``, by its series where the quotient of exponentials would lose digits."""
+    x = logits / cap
+    falling = tl.exp(-2.0 * tl.abs(x))
+    size = (1.0 - falling) / (1.0 + falling)
+    square = x * x
+    small = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15)))
+    return cap * tl.where(square < 0.01, small, tl.where(x < 0, -size, size))
+
+
+@triton.jit
 def _block_sums_kernel(
     student_hidden,
     teacher_hidden,
@@ -161,9 +197,11 @@ def _block_sums_kernel(
     sums,
     num_positions,
     inverse_temperature,
+    cap,
     row_stride,
     sum_stride,
     block_stride,
+    CAPPED: tl.constexpr,
     VOCABULARY: tl.constexpr,
     STUDENT_WIDTH: tl.constexpr,
     TEACHER_WIDTH: tl.constexpr,
@@ -181,6 +219,8 @@ def _block_sums_kernel(
     rows = row + tl.arange(0, BLOCK_C)
     columns = column + tl.arange(0, BLOCK_V)
     exists = columns[None, :] < VOCABULARY
+    if CAPPED:
+        teacher = _capped(teacher, cap)
     student *= inverse_temperature
     teacher *= inverse_temperature
     apart = tl.where(exists, student - teacher, 0.0)
@@ -222,7 +262,7 @@ def _combine_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """The KL; a block's sum becomes what its exponentials, and its mean what its differences, lack for the gradient."""
+    """As ``TritonTiles._combined``."""
     rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     present = rows < num_positions
     top = tl.full((BLOCK_C,), float("-inf"), tl.float32)

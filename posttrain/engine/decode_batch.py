@@ -23,7 +23,8 @@ from posttrain.engine.kv_cache import RowCache
 from posttrain.engine.prefix_cache import Parked, PrefixCache, TokenArray, common, head_of
 from posttrain.engine.sampler import draw, stream_key, uniforms
 from posttrain.engine.stopping import StopRule
-from posttrain.types import FinishReason, Request
+from posttrain.routing import Routers
+from posttrain.types import FinishReason, Request, RouteArray
 
 _NOWHERE = -1
 
@@ -67,6 +68,11 @@ class Generation:
         return self.length - 1 - self.filled
 
     @property
+    def complete(self) -> bool:
+        """Whether it had finished before it came, and all its states are there."""
+        return self.progress.finish is not None and not self.missing
+
+    @property
     def last_token(self) -> int:
         return self.progress.token_ids[-1] if self.progress.token_ids else int(self.prompt[-1])
 
@@ -105,6 +111,7 @@ class DecodeBatch:
         stop: StopRule,
         max_tokens: int,
         max_parked_tokens: int,
+        keep_routing: bool = False,
     ) -> None:
         self.version = 0
         self.counters = Counters()
@@ -112,12 +119,20 @@ class DecodeBatch:
         self._model = model.eval().requires_grad_(False)
         use_engine_attention(self._model)
         self._stop = stop
-        self._cache = RowCache()
+        self._routers = Routers(model) if keep_routing else None
+        self._cache = RowCache(
+            routes_at=model.config.get_text_config().num_hidden_layers if self.keeps_routes else None
+        )
         self._max_tokens = max_tokens
         # In bfloat16 nobody counts on the last bits, and padding would cost a lone row more.
         self._row_multiple = ROW_MULTIPLE if model.dtype is torch.float32 and model.device.type == "cpu" else 1
         self._decoding: list[Generation] = []
         self._filling: list[Generation] = []
+
+    @property
+    def keeps_routes(self) -> bool:
+        """Whether completions say which experts their tokens went to."""
+        return self._routers is not None and len(self._routers) > 0
 
     @property
     def rows(self) -> list[Generation]:
@@ -157,18 +172,26 @@ class DecodeBatch:
         parts = self._parts(budget)
         rows = self._decoding + [row for row, count in parts if count > row.missing]
         if not rows and not parts:
-            return [], []
+            return [], self._let_go([row for row in self._filling if row.complete])
         logits_BV = self._forward(parts)
         self.counters.prefill_tokens += sum(min(count, row.missing) for row, count in parts)
         for row, count in [*((row, 1) for row in self._decoding), *parts]:
             row.filled += count
+        # Before drawing: a row whose first token is its last is not among those that came finished.
+        complete = [row for row in self._filling if row.complete]
         finished = self._draw(rows, logits_BV) if rows else []
+        return rows, self._let_go(finished + complete)
+
+    def _let_go(self, finished: list[Generation]) -> list[Generation]:
+        """Take out rows that have finished; returns them in the order of their arrival."""
         for row in finished:
+            if self.keeps_routes:
+                row.progress.routes = self._routes(row)
             if row.request.continued:
                 self._park(row)
         self._take_shared()
-        self.remove(lambda row: row.progress.finish is not None)
-        return rows, sorted(finished, key=lambda row: row.arrival)
+        self.remove(lambda row: row in finished)
+        return sorted(finished, key=lambda row: row.arrival)
 
     def evict(self) -> list[Generation]:
         """Take the latest rows out while the cache outgrows its budget; they have to be admitted again."""
@@ -270,9 +293,9 @@ class DecodeBatch:
                     row.filled, row.source = count, None
                     self.counters.reused_tokens += count
             progressed = bool(copies)
-        ready = [row for row in self._filling if not row.missing]
+        ready = [row for row in self._filling if not row.missing and row.progress.finish is None]
         if ready:
-            self._arrange(self._decoding + ready, [row for row in self._filling if row.missing])
+            self._arrange(self._decoding + ready, [row for row in self._filling if row not in ready])
 
     def _arrange(self, decoding: list[Generation], filling: list[Generation]) -> None:
         """Put the decoding rows in front of the filling ones, moving as few as possible."""
@@ -308,7 +331,7 @@ class DecodeBatch:
         """
         parts = []
         for row in self._filling:
-            count = min(row.missing + 1, budget)
+            count = min(row.missing + (row.progress.finish is None), budget)
             if count and row.source is None:
                 parts.append((row, count))
                 budget -= count
@@ -364,9 +387,19 @@ class DecodeBatch:
         if not ends:
             # Without rows that draw, the output head has nothing to do.
             self._model.base_model(**inputs)
-            return torch.empty(0)
-        kept = torch.tensor(ends, device=device)[self._padded(len(ends))]
-        return self._model(**inputs, logits_to_keep=kept).logits[0, : len(ends)]
+            logits_BV = torch.empty(0)
+        else:
+            kept = torch.tensor(ends, device=device)[self._padded(len(ends))]
+            logits_BV = self._model(**inputs, logits_to_keep=kept).logits[0, : len(ends)]
+        if self._routers is not None and self.keeps_routes:
+            self._cache.note_routes(self._routers.chosen())
+        return logits_BV
+
+    def _routes(self, row: Generation) -> RouteArray:
+        """Of all tokens of a row whose states are there, [S, layers, experts per token]."""
+        assert self._routers is not None
+        routes = self._cache.routes(row.index, row.filled)
+        return routes.view(row.filled, len(self._routers), -1).cpu().numpy().copy()
 
     def _padded(self, count: int) -> TokenArray:
         """Indices of ``count`` things with the last one repeated: see ``attention`` on batch invariance."""

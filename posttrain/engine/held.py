@@ -61,7 +61,7 @@ class Held:
 
     def start(self, request: Request, slot: int) -> Progress:
         """Hand what is held to an engine."""
-        tokens = {} if self.columns is None else self.rows(0, len(self.columns))
+        tokens: dict[str, Any] = {} if self.columns is None else self.rows(0, len(self.columns))
         self.progress = Progress(request, **tokens, finish=self.finish, recorded=self.recorded, slot=slot)
         self.slot, self.parts, self.columns = slot, {}, None
         return self.progress

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from posttrain.types import Completion, FinishReason, IntArray, KeptTokens, Request
+from posttrain.types import Completion, FinishReason, IntArray, KeptTokens, Request, RouteArray
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +22,8 @@ class Progress:
     kept: list[IntArray | None] = field(default_factory=list)
     """What truncated sampling chose from, per token; None where it was not truncated."""
     finish: FinishReason | None = None
+    routes: RouteArray | None = None
+    """``Completion.routes``, once it has finished. Not recorded: they are those of the states, which are not either."""
     recorded: int = 0
     """How many of the tokens the journal holds."""
     slot: int = -1
@@ -37,6 +39,7 @@ class Progress:
             versions=np.array(self.versions, np.int32),
             finish=self.finish,
             kept=KeptTokens.of(self.kept),
+            routes=self.routes,
         )
 
 

@@ -22,9 +22,11 @@ class RowCache(Cache):
 
     Each layer holds [rows, H, length, D], so that the states of one head lie together and a batched matrix product
     reads them without a copy; rows and length double when they are outgrown. The length is a multiple of ``BLOCK``.
+
+    ``routes_at`` is the layer, behind those of the model, that expert choices are kept in; it has nothing for values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, routes_at: int | None = None) -> None:
         super().__init__(layers=[])
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -32,6 +34,7 @@ class RowCache(Cache):
         self._length = 0
         self._rows_N = self._positions_N = torch.zeros(0, dtype=torch.int64)
         self._targets: dict[int, torch.Tensor] = {}
+        self._routes_at = routes_at
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for this many rows of this length."""
@@ -55,13 +58,13 @@ class RowCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the states of a pass, [1, H, N, D]; returns the whole layer, without a copy."""
-        self._ensure_layer(layer_idx, key_states)
+        self._ensure_layer(layer_idx, key_states, value_states)
         return self._write(self._keys[layer_idx], key_states), self._write(self._values[layer_idx], value_states)
 
     def load(self, row: int, states: States, length: int) -> None:
         """Copy the first ``length`` states of a sequence into a row."""
         for index, (keys, values) in enumerate(states):
-            self._ensure_layer(index, keys[None])
+            self._ensure_layer(index, keys[None], values[None])
             self._keys[index][row, :, :length] = keys[:, :length]
             self._values[index][row, :, :length] = values[:, :length]
 
@@ -80,14 +83,27 @@ class RowCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._length
 
-    def _ensure_layer(self, index: int, like: torch.Tensor) -> None:
+    def note_routes(self, routes_NLK: torch.Tensor) -> None:
+        """Keep the experts of a pass, once all its layers were written: they go with the states wherever those go."""
+        assert self._routes_at is not None
+        # 0 stays for states of which it is not known.
+        notes = (routes_NLK.flatten(1) + 1).to(torch.int16)[None, None]
+        self.update(notes, notes[..., :0], self._routes_at)
+
+    def routes(self, row: int, length: int) -> torch.Tensor:
+        """What was noted of the first ``length`` states of a row, [length, L * K] int16; -1 where nothing was."""
+        assert self._routes_at is not None
+        return self._keys[self._routes_at][row, 0, :length] - 1
+
+    def _ensure_layer(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         while len(self._keys) <= index:
-            shape = (self._rows, like.shape[1], self._length, like.shape[3])
-            self._keys.append(like.new_zeros(shape))
-            self._values.append(like.new_zeros(shape))
+            for layers, like in ((self._keys, keys), (self._values, values)):
+                layers.append(like.new_zeros((self._rows, like.shape[1], self._length, like.shape[3])))
 
     def _write(self, tensor: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         heads, dim = states.shape[1], states.shape[3]
+        if not dim:
+            return tensor
         # Token by token, then head by head.
         flat = states.transpose(1, 2).reshape(-1, dim)
         tensor.view(-1, dim).index_copy_(0, self._target(heads), flat)

@@ -60,7 +60,8 @@ class TransformersEngine:
     ``stop_ids`` end a completion; ``decode`` turns tokens into text, for stop strings. ``max_length`` is the window,
     prompt and completion together; None takes the model's own, and a longer one is cut to it. ``max_batch_tokens``
     bounds the cache (rows times the longest row): rows beyond it wait, or return to the queue with what they have.
-    ``max_parked_tokens`` bounds the states kept of requests that say they are continued.
+    ``max_parked_tokens`` bounds the states kept of requests that say they are continued. ``keep_routing`` has the
+    completions of a mixture-of-experts model say which experts their tokens went to.
 
     Every token is in ``journal`` before anyone sees it. A request that the journal knows goes on from there: its
     tokens are computed in one pass and what is left of its budget is drawn.
@@ -73,7 +74,7 @@ class TransformersEngine:
     engine. A request that is asked for again while it is being answered is answered once, to both.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings of their own, all but the first by name
         self,
         model: PreTrainedModel,
         *,
@@ -83,6 +84,7 @@ class TransformersEngine:
         max_batch_tokens: int = 1 << 17,
         max_parked_tokens: int = 1 << 15,
         max_length: int | None = None,
+        keep_routing: bool = False,
         journal: Journal | None = None,
     ) -> None:
         _check_full_attention(model)
@@ -106,7 +108,14 @@ class TransformersEngine:
         self._stopped: str | None = None
         self._cause: BaseException | None = None
         # The thread alone holds the model, so that its end frees it.
-        batch = DecodeBatch(model, stop=self._stop, max_tokens=max_batch_tokens, max_parked_tokens=max_parked_tokens)
+        batch = DecodeBatch(
+            model,
+            stop=self._stop,
+            max_tokens=max_batch_tokens,
+            max_parked_tokens=max_parked_tokens,
+            keep_routing=keep_routing,
+        )
+        self._keeps_routes = batch.keeps_routes
         self._counters = batch.counters
         self._thread = threading.Thread(target=self._run, args=(batch,), name="engine", daemon=True)
         self._thread.start()
@@ -217,7 +226,8 @@ class TransformersEngine:
             self._resumed_tokens += len(progress.token_ids)
             if progress.finish is None and len(progress.token_ids) >= room:
                 progress.finish = FinishReason.LENGTH
-            if progress.finish is not None:
+            # The journal does not say which experts a finished request went to: its states are computed again.
+            if progress.finish is not None and not self._keeps_routes:
                 waiter[1].set_result(generation.progress.completion())
                 return None
             job = self._jobs[key] = _Job(key, generation, [waiter])

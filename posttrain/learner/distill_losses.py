@@ -33,6 +33,20 @@ def gated_policy_gradient(
     return -weight_N * advantages_N * logprobs_N, weight_N
 
 
+def prefix_importance(log_ratio_N: torch.Tensor, segment_N: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """``prod_{j<t} pi_theta(y_j) / mu(y_j)`` over the loss tokens of t's sample before it, cut to ``[low, high]``, [N].
+
+    ``log_ratio_N`` is log pi_theta - log mu, and ``segment_N`` the sample of each token, ascending. Without the cut it
+    makes the mean of a function of the text before t over mu's rollouts that over the current policy's.
+    """
+    before_N = log_ratio_N.double().cumsum(0) - log_ratio_N
+    starts_N = torch.ones_like(segment_N, dtype=torch.bool)
+    starts_N[1:] = segment_N.diff() != 0
+    at_start_S = before_N[starts_N]
+    before_N -= at_start_S[starts_N.cumsum(0) - 1]
+    return before_N.exp().clamp(low, high).to(log_ratio_N.dtype)
+
+
 def bucket_divergence(
     student_NB: torch.Tensor, teacher_NB: torch.Tensor, divergence: Divergence = "reverse_kl", beta: float = 0.5
 ) -> torch.Tensor:

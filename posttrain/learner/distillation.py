@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from posttrain.config import Distill
 from posttrain.divergence import Divergence, divergence_sum
-from posttrain.learner.distill_losses import bucket_divergence, gated_policy_gradient, sampled_token_advantages
+from posttrain.errors import RecipeError
+from posttrain.learner.distill_losses import (
+    bucket_divergence,
+    gated_policy_gradient,
+    prefix_importance,
+    sampled_token_advantages,
+)
 from posttrain.learner.logprobs import bucket_logprobs, token_logprobs, top_k_logprobs
 from posttrain.learner.losses import Metrics
 from posttrain.learner.objectives import Reference, without_rounding
@@ -24,6 +30,8 @@ from posttrain.learner.policy import HeadInputs
 from posttrain.protocols import OpenTeachers, StateStore, Teacher
 from posttrain.types import IntArray, Sample
 
+_NEGATIVE = -1e-3
+"""Nats below which a divergence of whole distributions is no rounding: elsewhere such ones are clamped to 0."""
 _TILE_BYTES = 2**28
 """Of a float32 [tokens x vocabulary] tile of the losses that are not ``posttrain.divergence``'s."""
 
@@ -35,6 +43,26 @@ class TeacherInputs:
     hidden_NE: torch.Tensor
     head_VE: torch.Tensor
     logit_cap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The tokens the engine drew, as the student of now and the engine of then saw them, [N] in nats."""
+
+    logprobs_N: torch.Tensor
+    """With gradient."""
+    behaviour_logprobs_N: torch.Tensor
+
+    def policy_gradient(
+        self, advantages_N: torch.Tensor, bounds: tuple[float, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``gated_policy_gradient``."""
+        return gated_policy_gradient(self.logprobs_N, self.behaviour_logprobs_N, advantages_N, *bounds)
+
+    def prefix_importance(self, batch: PackedBatch, bounds: tuple[float, float]) -> torch.Tensor:
+        """See ``posttrain.learner.distill_losses.prefix_importance``."""
+        log_ratio_N = self.logprobs_N.detach() - self.behaviour_logprobs_N
+        return prefix_importance(log_ratio_N, batch.segment_ids, *bounds)
 
 
 def _no_cap(teacher: str) -> float | None:
@@ -56,8 +84,19 @@ class DistillObjective:
     """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
     logit_cap_of: Callable[[str], float | None] = _no_cap
     """A teacher's soft-capping of final logits by name, None for none."""
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Sampling temperature of the rollouts by domain, 1 where not named."""
+    reference: Reference | None = None
+    """Needed when ``beta`` is not 0."""
     teachers: OpenTeachers | None = None
     """They fill ``states`` before each mini-batch, which then is freed; None where it is filled beforehand."""
+
+    def __post_init__(self) -> None:
+        if self.config.beta > 0 and self.reference is None:
+            raise RecipeError(
+                f"Distill.beta = {self.config.beta} needs the model at the start of the stage; build the learner with "
+                "keep_reference=True and pass reference=learner.reference, or set beta to 0"
+            )
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Have the samples read by their teachers."""
@@ -78,7 +117,9 @@ class DistillObjective:
 
         ``kl`` and ``kl/DOMAIN`` are the divergence in nats per token, unweighted; an unbiased estimate of it, which may
         be negative, with ``config.loss`` "sampled_token", and a lower bound with "teacher_top_k". Where no gradient is
-        wanted it is the exact reverse KL whatever is trained on, so that an evaluation compares them.
+        wanted it is the exact reverse KL whatever is trained on, so that an evaluation compares them. ``clamped_share``
+        are the tokens whose divergence is below 0 by more than rounding, or whose advantage was clipped, and
+        ``nonfinite_share`` those without a finite divergence; both are 0 unless something is wrong or clips are wanted.
 
         Raises ``ValueError`` for samples without teacher or with states of another length, and ``FloatingPointError``
         when the divergence is not finite.
@@ -87,21 +128,43 @@ class DistillObjective:
             raise ValueError(f"samples {list(batch.sample_ids)[:3]} name no teacher; distillation needs Sample.teacher")
         teacher = self._teacher(batch, student.hidden_ND.device)
         weights_N = self._weights(batch, totals, student.hidden_ND.device)
-        extra: Metrics = {}
         if not torch.is_grad_enabled():
             loss, kl_N = self._full_vocabulary(student, teacher, weights_N, "reverse_kl")
-        elif self.config.loss == "sampled_token":
-            loss, kl_N, extra = self._sampled_token(student, teacher, batch, weights_N)
-        elif self.config.loss == "teacher_top_k":
-            loss, kl_N = self._teacher_top_k(student, teacher, weights_N)
+            _require_finite(kl_N, batch)
+            return loss, _kl_metrics(kl_N, batch)
+        metrics: Metrics = {}
+        drawn = self._drawn(student, batch) if self._asks_what_was_drawn else None
+        if drawn is not None and self.config.loss == "sampled_token":
+            loss, kl_N, metrics = self._sampled_token(drawn, teacher, batch, weights_N)
         else:
-            loss, kl_N = self._full_vocabulary(student, teacher, weights_N, self.config.divergence)
+            if drawn is not None and self.config.max_staleness > 0:
+                importance_N = drawn.prefix_importance(batch, self.config.importance_bounds)
+                weights_N = weights_N * importance_N
+                metrics["importance_weight"] = _mean(importance_N)
+            loss, kl_N = self._distributions(student, teacher, weights_N)
+            metrics["clamped_share"] = _mean((kl_N < _NEGATIVE).float())
         _require_finite(kl_N, batch)
-        return loss, _kl_metrics(kl_N, batch) | extra
+        metrics |= _kl_metrics(kl_N, batch) | {"nonfinite_share": _mean((~kl_N.isfinite()).float())}
+        if drawn is not None and self.config.reward_coef > 0:
+            loss = loss + self.config.reward_coef * self._reward_loss(drawn, batch, totals)
+        if self.reference is not None and self.config.beta > 0:
+            reference_loss, reference_kl_N = self._reference_kl(student, self.reference(batch), batch, totals)
+            loss = loss + self.config.beta * reference_loss
+            metrics["kl_ref"] = _mean(reference_kl_N)
+        if self.config.rescale_domains:
+            metrics |= self._log_ratio_moments(teacher, batch)
+        return loss, metrics
 
-    def _weights(self, batch: PackedBatch, totals: Totals, device: torch.device) -> torch.Tensor:
-        """What the divergence at each loss token is multiplied by, [N]."""
-        weight_S = torch.tensor([sample.weight for sample in batch.samples], device=device)
+    @property
+    def _asks_what_was_drawn(self) -> bool:
+        config = self.config
+        return config.loss == "sampled_token" or config.reward_coef > 0 or config.max_staleness > 0
+
+    def _weights(
+        self, batch: PackedBatch, totals: Totals, device: torch.device, *, of_teachers: bool = True
+    ) -> torch.Tensor:
+        """What the loss of each token is multiplied by, [N]; without ``of_teachers`` only what makes it a mean."""
+        weight_S = torch.tensor([sample.weight if of_teachers else 1.0 for sample in batch.samples], device=device)
         if self.config.reduction == "token":
             return weight_S[batch.segment_ids] / totals.num_loss_tokens
         lengths_S = torch.tensor([sample.num_loss_tokens for sample in batch.samples], device=device)
@@ -124,26 +187,53 @@ class DistillObjective:
             teacher_logit_cap=teacher.logit_cap,
         )
 
+    def _distributions(
+        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and divergence [N] of whole distributions, or of the teacher's top k."""
+        if self.config.loss == "teacher_top_k":
+            return self._teacher_top_k(student, teacher, weights_N)
+        return self._full_vocabulary(student, teacher, weights_N, self.config.divergence)
+
     def _sampled_token(
-        self, student: HeadInputs, teacher: TeacherInputs, batch: PackedBatch, weights_N: torch.Tensor
+        self, drawn: Drawn, teacher: TeacherInputs, batch: PackedBatch, weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """Loss, one-sample estimate of the KL [N], and metrics, of the policy gradient on the tokens drawn.
 
         Where sampling was truncated both models are compared over the tokens it chose from.
         """
-        logprobs_N = self._token_logprobs(student.hidden_ND, student.head_VD, batch)
-        with torch.no_grad():
-            teacher_N = self._token_logprobs(teacher.hidden_NE, teacher.head_VE, batch, teacher.logit_cap)
-        advantages_N = sampled_token_advantages(teacher_N, logprobs_N)
+        advantages_N = sampled_token_advantages(self._teacher_logprobs(teacher, batch), drawn.logprobs_N)
         clip = self.config.advantage_clip
         clipped_N = advantages_N if clip is None else advantages_N.clamp(-clip, clip)
-        behaviour_N = without_rounding(batch.behaviour_logprobs, logprobs_N)
-        loss_N, importance_N = gated_policy_gradient(logprobs_N, behaviour_N, clipped_N, *self.config.importance_bounds)
+        loss_N, importance_N = drawn.policy_gradient(clipped_N, self.config.importance_bounds)
         metrics = {
             "clamped_share": _mean((clipped_N != advantages_N).float()),
             "importance_weight": _mean(importance_N),
         }
         return loss_N @ weights_N, -advantages_N, metrics
+
+    def _reward_loss(self, drawn: Drawn, batch: PackedBatch, totals: Totals) -> torch.Tensor:
+        advantages_N = batch.advantages[batch.segment_ids]
+        loss_N, _ = drawn.policy_gradient(advantages_N, self.config.importance_bounds)
+        return loss_N @ self._weights(batch, totals, loss_N.device, of_teachers=False)
+
+    def _reference_kl(
+        self, student: HeadInputs, reference: HeadInputs, batch: PackedBatch, totals: Totals
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and values [N] of KL(student || start)."""
+        return divergence_sum(
+            student.hidden_ND,
+            student.head_VD,
+            reference.hidden_ND,
+            reference.head_VD,
+            weights_N=self._weights(batch, totals, student.hidden_ND.device, of_teachers=False),
+            chunk_tokens=self.config.loss_chunk_tokens,
+        )
+
+    def _log_ratio_moments(self, teacher: TeacherInputs, batch: PackedBatch) -> Metrics:
+        """Per domain, mean and mean square of log pi_T - log mu over the tokens drawn, for ``rescale_domains``."""
+        log_ratio_N = self._teacher_logprobs(teacher, batch) - batch.behaviour_logprobs
+        return _by_domain("log_ratio", log_ratio_N, batch) | _by_domain("log_ratio_sq", log_ratio_N**2, batch)
 
     def _teacher_top_k(
         self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor
@@ -164,16 +254,31 @@ class DistillObjective:
         kl_N = bucket_divergence(student_NB, teacher_NB, self.config.divergence, self.config.jsd_beta)
         return kl_N @ weights_N, kl_N.detach()
 
+    def _drawn(self, student: HeadInputs, batch: PackedBatch) -> Drawn:
+        logprobs_N = self._token_logprobs(student.hidden_ND, student.head_VD, batch)
+        return Drawn(logprobs_N, without_rounding(batch.behaviour_logprobs, logprobs_N))
+
+    @torch.no_grad()
+    def _teacher_logprobs(self, teacher: TeacherInputs, batch: PackedBatch) -> torch.Tensor:
+        return self._token_logprobs(teacher.hidden_NE, teacher.head_VE, batch, teacher.logit_cap)
+
     def _token_logprobs(
         self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: PackedBatch, logit_cap: float | None = None
     ) -> torch.Tensor:
+        """Of the tokens drawn, among those that could be drawn and at the temperature they were drawn with."""
+        found = {self.temperatures.get(sample.domain, 1.0) for sample in batch.samples}
+        if len(found) > 1:
+            raise ValueError(
+                f"samples {list(batch.sample_ids)[:3]} of teacher {batch.teacher!r} were drawn at temperatures "
+                f"{sorted(found)}; expected one, since they share a micro-batch; give the domains teachers of their own"
+            )
         return token_logprobs(
             hidden_ND,
             head_VD,
             batch.targets,
             kept_ids_K=batch.kept_ids,
             kept_offsets_N1=batch.kept_offsets,
-            temperature=self.config.temperature,
+            temperature=found.pop(),
             logit_cap=logit_cap,
             chunk_tokens=self._chunk_tokens(head_VD),
             want_entropy=False,
@@ -209,12 +314,22 @@ class DistillSpec:
     probes: Mapping[str, Sequence[IntArray]]
     """As for ``posttrain.protocols.TeacherLibrary.open``, and so is ``folder``."""
     folder: Path | None = None
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """As for ``DistillObjective``."""
 
     @contextlib.contextmanager
     def open(self, reference: Reference, *, check: bool = True) -> Iterator[DistillObjective]:
         library, probes = self.config.teachers, self.probes if check else None
         with library.open(self.teachers, student_path=self.student_path, probes=probes, folder=self.folder) as opened:
-            yield DistillObjective(config=self.config, states=opened.store, head_of=opened.head, teachers=opened)
+            yield DistillObjective(
+                config=self.config,
+                states=opened.store,
+                head_of=opened.head,
+                logit_cap_of=opened.logit_cap,
+                temperatures=self.temperatures,
+                reference=reference if self.config.beta > 0 else None,
+                teachers=opened,
+            )
 
 
 def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:
@@ -229,14 +344,19 @@ def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:
 
 
 def _kl_metrics(kl_N: torch.Tensor, batch: PackedBatch) -> Metrics:
-    metrics: Metrics = {"kl": (kl_N.sum(), torch.tensor(float(len(kl_N))))}
+    return {"kl": _mean(kl_N)} | _by_domain("kl", kl_N, batch)
+
+
+def _by_domain(name: str, values_N: torch.Tensor, batch: PackedBatch) -> Metrics:
+    """``NAME/DOMAIN`` for each domain in the batch."""
+    metrics: Metrics = {}
     domains = [sample.domain for sample in batch.samples]
     for domain in sorted(set(domains)):
-        of_domain_S = torch.tensor([name == domain for name in domains], device=kl_N.device)
-        kl = kl_N[of_domain_S[batch.segment_ids]]
-        metrics[f"kl/{domain}"] = (kl.sum(), torch.tensor(float(len(kl))))
+        of_domain_S = torch.tensor([other == domain for other in domains], device=values_N.device)
+        metrics[f"{name}/{domain}"] = _mean(values_N[of_domain_S[batch.segment_ids]])
     return metrics
 
 
 def _mean(values_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator and denominator."""
     return values_N.sum(), torch.tensor(float(len(values_N)))

@@ -27,10 +27,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.learner.learner import Learner, with_loss
-from posttrain.learner.objectives import Objective, ObjectiveSpec
+from posttrain.learner.objectives import Objective, ObjectiveSpec, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, divide_over_ranks
 from posttrain.learner.policy import HeadInputs
-from posttrain.learner.rank import Failure, LearnerSpec, Place, Rank, attempt
+from posttrain.learner.rank import COLLECTIVE, Failure, LearnerSpec, Place, Rank, attempt, raise_first, receive, send
 from posttrain.learner.tally import add_up, step_metrics
 from posttrain.rollout.local_store import LocalRef, LocalStore
 from posttrain.types import Sample, TokenArrays
@@ -38,6 +38,7 @@ from posttrain.types import Sample, TokenArrays
 TIMEOUT_S = 1800.0
 """How long one process may keep the others waiting, once they are done, before it is taken for hung."""
 _CLOSING_S = 10.0
+_REASON_S = 1.0
 
 
 class LearnerGroup:
@@ -69,7 +70,7 @@ class LearnerGroup:
             self._followers = [_Follower(spec, place) for place in places[1:]]
             torch.set_num_threads(places[0].num_threads)
             self._rank = Rank(spec, places[0], watch=self._watch)
-            self._raise_first([None, *(follower.receive() for follower in self._followers)])
+            raise_first([follower.receive() for follower in self._followers])
             self._everywhere("join")
         except BaseException:
             self._broken = True
@@ -137,6 +138,15 @@ class LearnerGroup:
     def evaluate(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
         """See ``Learner.evaluate``."""
         return add_up(self._on_shares("measure", samples, self._number(objective), Totals.of(samples))).metrics()
+
+    def token_stats(self, samples: Sequence[Sample], objective: Objective) -> dict[str, TokenStats]:
+        """See ``Learner.token_stats``."""
+        shares = self._on_shares("token_stats", samples, self._number(objective))
+        return {sample_id: stats for share in shares for sample_id, stats in share.items()}
+
+    def sync_reference(self, alpha: float) -> None:
+        """See ``Learner.sync_reference``."""
+        self._everywhere("sync_reference", alpha)
 
     def reference(self, batch: PackedBatch) -> HeadInputs:
         """See ``Learner.reference``."""
@@ -222,18 +232,15 @@ class LearnerGroup:
         self._broken = True
         for follower, given in zip(self._followers, arguments[1:], strict=True):
             follower.send(command, given)
-        results = [attempt(self._rank, command, arguments[0])]
-        results += [follower.receive() for follower in self._followers]
-        self._broken = False
-        self._raise_first(results)
+        own = attempt(self._rank, command, arguments[0])
+        if isinstance(own, Failure) and command in COLLECTIVE:
+            # The others may wait for what will not come; or one of them has the reason.
+            known = [follower.receive() for follower in self._followers if follower.answers_within(_REASON_S)]
+            raise_first([*known, own])
+        results = [own, *(follower.receive() for follower in self._followers)]
+        self._broken = command in COLLECTIVE and any(isinstance(result, Failure) for result in results)
+        raise_first(results)
         return results
-
-    def _raise_first(self, results: Sequence[Any]) -> None:
-        for rank, result in enumerate(results):
-            if isinstance(result, Failure):
-                error = result.kind(f"learner process {rank} of {len(results)}: {result.message}")
-                error.add_note(result.trace)
-                raise error
 
     def _watch(self) -> None:
         for follower in self._followers:
@@ -257,11 +264,11 @@ class _Follower:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()]
             )
-        self._connection.send((spec, place))
+        send(self._connection, (spec, place))
 
     def send(self, command: str, arguments: Sequence[Any]) -> None:
         try:
-            self._connection.send((command, tuple(arguments)))
+            send(self._connection, (command, tuple(arguments)))
         except OSError as error:
             raise self._lost() from error
 
@@ -273,9 +280,13 @@ class _Follower:
                     f"{self._name} has not answered for {self._place.timeout_s:g} s and is taken for hung; look at "
                     "what it was doing, and go on with --resume"
                 )
-            return self._connection.recv()
+            return receive(self._connection)
         except (EOFError, ConnectionError) as error:
             raise self._lost() from error
+
+    def answers_within(self, seconds: float) -> bool:
+        """Whether it answers, or ends, in this time."""
+        return self._connection.poll(seconds)
 
     def require_alive(self) -> None:
         if self.process.poll() is not None:
@@ -285,7 +296,7 @@ class _Follower:
         """Have the process close and see it end; kill it if it is not to be asked, or takes too long."""
         try:
             if not now:
-                self._connection.send(("close", ()))
+                send(self._connection, ("close", ()))
                 self.process.wait(_CLOSING_S)
         except (OSError, subprocess.TimeoutExpired):
             pass

@@ -14,7 +14,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from posttrain.learner.losses import Metrics
-from posttrain.learner.objectives import Objective, ObjectiveSpec, Prepares
+from posttrain.learner.objectives import GrpoObjective, Objective, ObjectiveSpec, Prepares, TokenStats
 from posttrain.learner.packing import PackedBatch, Totals, plan_micro_batches
 from posttrain.learner.policy import HeadInputs, Policy
 from posttrain.learner.tally import Tally, step_metrics
+from posttrain.stability.optimizer import make_optimizer
 from posttrain.types import Sample
 
 
@@ -41,13 +42,14 @@ class Learner:
     compute in. With ``lora`` only adapters are trained; ``num_steps`` is the length of the learning rate schedule. A
     micro-batch holds at most ``tokens_per_micro_batch`` tokens, or one longer sample, whose activations are computed
     twice rather than kept.
-    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise).
+    ``keep_reference`` keeps the start weights for ``reference`` (free with LoRA, a float32 copy otherwise);
+    ``keep_routing`` replays the expert choices that samples bring along (``posttrain.routing``).
 
     Raises ``RecipeError`` for a model whose logits are not ``head @ hidden`` or that ignores packing, for master
     weights that are not float32, and when started in several processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings of their own, all but the first by name
         self,
         model: PreTrainedModel,
         *,
@@ -57,6 +59,7 @@ class Learner:
         dtype: torch.dtype = torch.float32,
         lora: Lora | None = None,
         keep_reference: bool = False,
+        keep_routing: bool = False,
         seed: int = 0,
     ) -> None:
         self._accelerator = Accelerator()
@@ -70,8 +73,20 @@ class Learner:
         self.budget = tokens_per_micro_batch
         """Tokens per micro-batch."""
         self._opened: list[tuple[Objective, contextlib.ExitStack]] = []
-        self._policy = Policy(model.to(self.device), dtype=dtype, lora=lora, keep_reference=keep_reference, seed=seed)
-        self._optimizer = self._accelerator.prepare(_adamw(self.parameters(), optim))
+        self._to_release: tuple[Prepares, Sequence[Sample]] | None = None
+        self._policy = Policy(
+            model.to(self.device),
+            dtype=dtype,
+            lora=lora,
+            keep_reference=keep_reference,
+            keep_routing=keep_routing,
+            seed=seed,
+        )
+        if optim.anticipatory_routing is not None:
+            self._policy.anticipate_routes(optim.anticipatory_routing)
+        self._optimizer = self._accelerator.prepare(
+            make_optimizer(self.parameters(), optim, never_muon=self._policy.vocabulary_matrices())
+        )
         self._scheduler = get_scheduler(
             optim.lr_scheduler_type,
             self._optimizer,
@@ -137,16 +152,23 @@ class Learner:
             tokens=sum(len(sample) for sample in samples),
             loss_tokens=sum(sample.num_loss_tokens for sample in samples),
         )
-        with _prepared(objective, samples, tally):
-            for members in plan:
-                before_each()
-                tally.add(*self._one_micro_batch(members, objective, totals))
+        self._to_release = None
+        if samples and isinstance(objective, Prepares):
+            objective.prepare(samples)
+            self._to_release = objective, samples
+        for members in plan:
+            before_each()
+            tally.add(*self._one_micro_batch(members, objective, totals))
+        if self._to_release is not None:
+            tally.costs = dict(self._to_release[0].costs())
         return tally
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample], objective: Objective, totals: Totals) -> Tally:
         """``accumulate`` without gradient."""
-        return self.accumulate(samples, objective, totals)
+        tally = self.accumulate(samples, objective, totals)
+        self._release()
+        return tally
 
     def grad_norm(self, sample_ids: Sequence[str]) -> float:
         """Norm of the gradient. ``FloatingPointError`` naming the samples it comes from when it is not finite."""
@@ -165,10 +187,13 @@ class Learner:
         nn.utils.clip_grads_with_norm_(
             self.parameters(), self._max_grad_norm, torch.tensor(grad_norm, device=self.device)
         )
+        self._policy.before_step()
         self._optimizer.step()
+        self._policy.after_step(grad_norm)
         self.drop_gradient()
         self._scheduler.step()
         self.step += 1
+        self._release()
         return learning_rate
 
     def drop_gradient(self) -> None:
@@ -178,8 +203,32 @@ class Learner:
         """What is trained, in an order that only the model and its adapters decide."""
         return list(self._policy.trained().values())
 
+    @torch.no_grad()
+    def token_stats(self, samples: Sequence[Sample], objective: Objective) -> dict[str, TokenStats]:
+        """What the policy of this moment says of the samples' loss tokens, by sample id, on the CPU.
+
+        ``TypeError`` for an objective other than GRPO's.
+        """
+        if not isinstance(objective, GrpoObjective):
+            raise TypeError(f"{type(objective).__name__} has no statistics of single tokens; expected a GrpoObjective")
+        found: dict[str, TokenStats] = {}
+        trained = [sample for sample in samples if sample.num_loss_tokens]
+        for members in plan_micro_batches(trained, self.budget):
+            batch = PackedBatch.collate(members).to(self.device)
+            stats = objective.token_stats(self._policy.forward(batch), batch)
+            sizes = [sample.num_loss_tokens for sample in members]
+            rows = zip(stats.logprobs.cpu().split(sizes), stats.entropies.cpu().split(sizes), strict=True)
+            for sample_id, (logprobs, entropies) in zip(batch.sample_ids, rows, strict=True):
+                found[sample_id] = TokenStats(logprobs=logprobs, entropies=entropies)
+        return found
+
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``; checkpoints then hold it."""
+        self._policy.sync_reference(alpha)
+
     def reference(self, batch: PackedBatch) -> HeadInputs:
-        """States and head of the model as it was when this learner was made, without gradient.
+        """States and head of the reference, without gradient: the model as it was when this learner was made, or as
+        it was last synchronised.
 
         Raises ``ValueError`` unless the learner was built with ``keep_reference`` or LoRA.
         """
@@ -222,6 +271,8 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "rng": rng_state(),
+            "reference": self._policy.moved_reference(),
+            "older_routes": self._policy.older_routes_state(),
         }
         return save_checkpoint(root, step=self.step, state=state, caller=caller)
 
@@ -242,6 +293,8 @@ class Learner:
         self._optimizer.load_state_dict(checkpoint.state["optimizer"])
         self._scheduler.load_state_dict(checkpoint.state["scheduler"])
         set_rng_state(checkpoint.state["rng"])
+        self._policy.restore_reference(checkpoint.state.get("reference", {}))
+        self._policy.restore_older_routes(checkpoint.state.get("older_routes"))
         self.step = checkpoint.step
         return checkpoint.caller
 
@@ -255,6 +308,12 @@ class Learner:
         del self._policy, self._optimizer, self._scheduler
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _release(self) -> None:
+        if self._to_release is not None:
+            objective, samples = self._to_release
+            objective.release(samples)
+        self._to_release = None
 
     def _one_micro_batch(
         self, members: Sequence[Sample], objective: Objective, totals: Totals
@@ -280,34 +339,6 @@ def with_loss(samples: Sequence[Sample]) -> list[Sample]:
     if not trained:
         raise ValueError(f"none of the {len(samples)} samples has a token with loss; leave out this update")
     return trained
-
-
-@contextlib.contextmanager
-def _prepared(objective: Objective, samples: Sequence[Sample], tally: Tally) -> Iterator[None]:
-    """Let the objective get ready for samples, and let go of them; what that cost goes into the tally."""
-    if not samples or not isinstance(objective, Prepares):
-        yield
-        return
-    try:
-        objective.prepare(samples)
-        yield
-        tally.costs = dict(objective.costs())
-    finally:
-        objective.release(samples)
-
-
-def _adamw(parameters: list[nn.Parameter], optim: Optim) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not norms and biases, as the Hugging Face Trainer does."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        fused=True,
-    )
 
 
 def _check_single_process(accelerator: Accelerator) -> None:

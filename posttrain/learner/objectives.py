@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from posttrain.config import GRPO
 from posttrain.errors import RecipeError
 from posttrain.learner.logprobs import token_logprobs
-from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss
+from posttrain.learner.losses import Metrics, Normaliser, PolicyTokens, grpo_loss, high_entropy_mask
 from posttrain.learner.packing import PackedBatch, Totals
 from posttrain.learner.policy import HeadInputs
-from posttrain.types import Sample
+from posttrain.types import Sample, StepStart
 
 ROUNDING = 1e-5
 """Nats by which two float32 computations of one log-probability may differ."""
@@ -47,7 +48,8 @@ class Prepares(Protocol):
         ...
 
     def release(self, samples: Sequence[Sample]) -> None:
-        """After the last one, or after a failure: what ``prepare`` made of these samples may go."""
+        """What ``prepare`` made of these samples may go: the step is made. Not called when it failed, so that a run
+        which goes on finds what was made."""
         ...
 
     def costs(self) -> Mapping[str, float]:
@@ -89,6 +91,16 @@ class GrpoSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """What a policy says of the loss tokens of one sample, or of a micro-batch: float32, without gradient."""
+
+    logprobs: torch.Tensor
+    """[L]."""
+    entropies: torch.Tensor
+    """[L], in nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GrpoObjective:
     """Group relative policy optimisation on the samples' advantages."""
 
@@ -109,12 +121,22 @@ class GrpoObjective:
                 "keep_reference=True and pass reference=learner.reference, or set beta to 0"
             )
 
+    @torch.no_grad()
+    def token_stats(self, student: HeadInputs, batch: PackedBatch) -> TokenStats:
+        """What the policy says of a micro-batch's loss tokens."""
+        logprobs, entropies = self._logprobs(student, batch)
+        assert entropies is not None
+        return TokenStats(logprobs=logprobs, entropies=entropies)
+
     def loss(self, student: HeadInputs, batch: PackedBatch, totals: Totals) -> tuple[torch.Tensor, Metrics]:
         """GRPO's loss in the variant of ``config``; metrics are those of ``posttrain.learner.losses``."""
         logprobs, entropies = self._logprobs(student, batch)
+        old = self._old_logprobs(batch, logprobs)
         tokens = PolicyTokens(
             logprobs=logprobs,
-            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs),
+            behaviour_logprobs=without_rounding(batch.behaviour_logprobs, logprobs if old is None else old),
+            old_logprobs=old,
+            high_entropy=batch.high_entropy,
             advantages=batch.advantages[batch.segment_ids],
             segment=batch.segment_ids,
             num_segments=len(batch.samples),
@@ -127,6 +149,12 @@ class GrpoObjective:
             max_completion_tokens=self.max_completion_tokens,
         )
         return grpo_loss(tokens, self.config, normaliser=normaliser)
+
+    def _old_logprobs(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> torch.Tensor | None:
+        """Those that the ratio is to, where it is not to the engine's."""
+        if self.config.importance_sampling_correction is None or batch.old_logprobs is None:
+            return None
+        return without_rounding(batch.old_logprobs, logprobs_N)
 
     def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
         if self.config.beta == 0 or self.reference is None:
@@ -148,6 +176,28 @@ class GrpoObjective:
             chunk_tokens=self.chunk_tokens,
             want_entropy=want_entropy,
         )
+
+
+def compares_with_start(config: GRPO) -> bool:
+    """Whether a term compares with the policy at the start of the step, so that samples need their ``start``."""
+    return config.importance_sampling_correction is not None or config.top_entropy_quantile < 1.0
+
+
+def with_start(samples: Sequence[Sample], stats: Mapping[str, TokenStats], config: GRPO) -> list[Sample]:
+    """The samples of a step with what the policy at its start says of them, by sample id (``Learner.token_stats``)."""
+    entropies = [each.entropies.numpy() for each in stats.values()]
+    # Not torch.quantile, which refuses more than 2^24 numbers.
+    threshold = float(np.quantile(np.concatenate(entropies), 1 - config.top_entropy_quantile)) if entropies else 0.0
+    started = []
+    for sample in samples:
+        found = stats.get(sample.id)
+        if found is not None:
+            start = StepStart(
+                logprobs=found.logprobs.numpy(), high_entropy=high_entropy_mask(found.entropies, threshold).numpy()
+            )
+            sample = replace(sample, start=start)
+        started.append(sample)
+    return started
 
 
 def without_rounding(behaviour_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:

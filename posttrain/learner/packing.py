@@ -31,9 +31,11 @@ class PackedBatch:
     token_ids: torch.Tensor
     """[T] int64."""
     position_ids: torch.Tensor
-    """[T] int64, restarting at 0 with each sample."""
+    """[T] int64, restarting at 0 with each sequence."""
+    segment_lengths: tuple[int, ...]
+    """Tokens of each sequence, in row order: one of a sample, or several where its rollout began anew."""
     cu_seqlens: torch.Tensor
-    """[S + 1] int32: where each sample starts, then T."""
+    """[sequences + 1] int32: where each sequence starts, then T."""
     loss_positions: torch.Tensor
     """[N] int64: index in the row of the hidden state that predicts each loss token, its predecessor's."""
     targets: torch.Tensor
@@ -48,22 +50,32 @@ class PackedBatch:
     """[K] int64: where sampling was truncated, the tokens it chose from, loss token after loss token; or None."""
     kept_offsets: torch.Tensor | None = None
     """[N + 1] int64: where each loss token's kept ids begin, then K. One without any was drawn from all tokens."""
+    old_logprobs: torch.Tensor | None = None
+    """[N] float32: under the policy at the start of the step, where all samples know it (``Sample.start``)."""
+    high_entropy: torch.Tensor | None = None
+    """[N] bool: ``StepStart.high_entropy``."""
+    routes: torch.Tensor | None = None
+    """[T, layers, experts per token] int16: ``TokenArrays.routes``, where any sample knows some."""
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
         """Concatenate samples in the given order, on the CPU."""
         starts = [0, *accumulate(len(sample) for sample in samples)]
         arrays = [sample.load() for sample in samples]
+        lengths = [length for each in arrays for length in each.lengths]
         masks = [np.flatnonzero(each.loss_mask) for each in arrays]
         loss_tokens = np.concatenate([start + mask for start, mask in zip(starts, masks, strict=False)])
         token_ids = np.concatenate([each.token_ids for each in arrays])
         logprobs = np.concatenate([each.logprobs for each in arrays])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
+        starts_of = [sample.start for sample in samples if sample.start is not None]
+        started = len(starts_of) == len(samples) > 0
         return cls(
             samples=tuple(samples),
             token_ids=torch.from_numpy(token_ids.astype(np.int64)),
-            position_ids=torch.from_numpy(np.concatenate([np.arange(len(sample)) for sample in samples])),
-            cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+            segment_lengths=tuple(lengths),
+            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             loss_positions=torch.from_numpy(loss_tokens - 1),
             targets=torch.from_numpy(token_ids[loss_tokens].astype(np.int64)),
             behaviour_logprobs=torch.from_numpy(logprobs[loss_tokens].astype(np.float32)),
@@ -71,16 +83,16 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
+            routes=_routes(arrays),
+            old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
+            high_entropy=(
+                torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
+            ),
         )
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
         return tuple(sample.id for sample in self.samples)
-
-    @property
-    def segment_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample, in row order."""
-        return tuple(len(sample) for sample in self.samples)
 
     @property
     def teacher(self) -> str | None:
@@ -98,6 +110,15 @@ class PackedBatch:
             if isinstance(value := getattr(self, name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def _routes(arrays: Sequence[TokenArrays]) -> torch.Tensor | None:
+    like = next((each.routes for each in arrays if each.routes is not None), None)
+    if like is None:
+        return None
+    unknown = (np.full((len(each), *like.shape[1:]), -1, np.int16) for each in arrays)
+    rows = [each.routes if each.routes is not None else none for each, none in zip(arrays, unknown, strict=True)]
+    return torch.from_numpy(np.concatenate(rows))
 
 
 def _kept(
@@ -164,12 +185,12 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
 
 
 def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
-    """Shares of about as many tokens each, for learner processes of which each meets few teachers.
+    """Shares of about equally many tokens for learner processes, each with few teachers.
 
-    Teachers are laid out by name over the ranks, so that a rank has the same ones as long as the mixture is the same
-    and at most ``num_ranks - 1`` of them are on two ranks more than once; within a teacher longer samples go first, to
-    the rank with most room. Depends on the set of samples, not on their order. With fewer samples than ranks some
-    shares are empty.
+    Teachers are laid out over the ranks by name: a rank keeps its teachers while the mixture stays the same, and all
+    ranks together meet about ``num_ranks - 1`` teachers more than there are. Within a teacher longer samples go first,
+    to the rank with most room. The shares depend on the set of samples, not on their order; with fewer samples than
+    ranks some are empty.
     """
     by_teacher: dict[str, list[Sample]] = {}
     for sample in samples:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +18,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from posttrain.config import Lora
+from posttrain.config import AnticipatoryRouting, Lora
 from posttrain.errors import RecipeError
 from posttrain.learner.attention import use_packed_attention
 from posttrain.learner.packing import PackedBatch
+from posttrain.routing import Routers
+from posttrain.stability.anticipatory import OlderRoutes
 
 ADAPTER = "default"
 
@@ -38,13 +40,21 @@ class HeadInputs:
 class Policy:
     """The model, its adapters if any, and a frozen copy of its start weights if wanted.
 
-    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. Raises
-    ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters are
-    not float32.
+    Takes ``model`` over: switches it to packed attention and, with ``lora``, puts adapters into it. ``keep_routing``
+    sends tokens to the experts that they went to in the engine, as far as a batch says which, in the reference, too.
+    Raises ``RecipeError`` for a model whose logits are not ``head @ hidden``, that ignores packing, or whose parameters
+    are not float32.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, dtype: torch.dtype, lora: Lora | None, keep_reference: bool, seed: int
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype,
+        lora: Lora | None,
+        keep_reference: bool,
+        seed: int,
+        keep_routing: bool = False,
     ) -> None:
         _check_master_dtype(model)
         use_packed_attention(model)
@@ -52,6 +62,12 @@ class Policy:
         self.model = model
         self._dtype = dtype
         self._reference = _frozen_copy(model) if keep_reference and lora is None else None
+        self._reference_moved = False
+        self._keep_routing = keep_routing
+        self._older: OlderRoutes | None = None
+        self._routers = {
+            id(each): Routers(each) for each in (model, self._reference) if each is not None and keep_routing
+        }
         self._adapted = None if lora is None else _add_adapters(model, lora, seed)
         model.train()
 
@@ -74,6 +90,64 @@ class Policy:
             raise ValueError("this learner kept no reference; build it with keep_reference=True")
         return self._forward(self._reference, batch)
 
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        """Move the reference to ``alpha policy + (1 - alpha) reference``.
+
+        Raises ``RecipeError`` with adapters, whose reference is the model without them, and ``ValueError`` when no
+        reference was kept.
+        """
+        if self._adapted is not None:
+            raise RecipeError("sync_ref_model with model.lora: expected one of the two; set sync_ref_model to false")
+        reference = self._reference_weights()
+        for name, parameter in self.model.named_parameters():
+            reference[name].mul_(1 - alpha).add_(parameter, alpha=alpha)
+        self._reference_moved = True
+
+    def moved_reference(self) -> dict[str, torch.Tensor]:
+        """The reference's weights, for a checkpoint; empty while they are the start weights."""
+        return dict(self._reference_weights()) if self._reference_moved else {}
+
+    def restore_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put back what ``moved_reference`` gave."""
+        self._reference_moved = bool(weights)
+        for name, tensor in weights.items():
+            self._reference_weights()[name].copy_(tensor)
+
+    def anticipate_routes(self, config: AnticipatoryRouting) -> None:
+        """Choose experts by older weights from each spike on, for a while. ``RecipeError`` for a model without any."""
+        if not len(Routers(self.model)):
+            raise RecipeError(
+                f"optim.anticipatory_routing is set and {type(self.model).__name__} has no experts to choose; set it "
+                "to none"
+            )
+        self._routers.setdefault(id(self.model), Routers(self.model))
+        self._older = OlderRoutes(self.model, self.trained(), config)
+
+    def before_step(self) -> None:
+        """Called before the weights change."""
+        if self._older is not None:
+            self._older.before_step()
+
+    def after_step(self, grad_norm: float) -> None:
+        """Called after they have changed, with the norm of the gradient that did it."""
+        if self._older is not None:
+            self._older.guard.observe(grad_norm)
+
+    def older_routes_state(self) -> dict[str, Any] | None:
+        """For a checkpoint."""
+        return None if self._older is None else self._older.state()
+
+    def restore_older_routes(self, state: Mapping[str, Any] | None) -> None:
+        """Put back what ``older_routes_state`` gave."""
+        if self._older is not None and state is not None:
+            self._older.restore(state)
+
+    def vocabulary_matrices(self) -> list[nn.Parameter]:
+        """Embedding and head, one if they are tied."""
+        matrices = (self.model.get_input_embeddings().weight, _head(self.model).weight)
+        return [each for each in matrices if isinstance(each, nn.Parameter)]
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name: all of them, or the adapters'."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -81,14 +155,30 @@ class Policy:
     def plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Detached parameters under the plain model's names, tied ones once, with the adapters' products added."""
         deltas = {} if self._adapted is None else _adapter_deltas(self.model)
-        for name, parameter in self.model.named_parameters():
+        for name, _ in self.model.named_parameters():
             if ".lora_" in name:
                 continue
             plain = name.replace(".base_layer.", ".")
-            tensor = parameter.detach()
+            # Not the parameter itself, which is the master where the layer computes with a quantised weight.
+            owner, _, leaf = name.rpartition(".")
+            tensor = getattr(self.model.get_submodule(owner), leaf).detach()
             yield plain, tensor + deltas[plain] if plain in deltas else tensor
 
+    def _reference_weights(self) -> dict[str, torch.Tensor]:
+        if self._reference is None:
+            raise ValueError("this learner kept no reference; build it with keep_reference=True")
+        # Not .data, whose changes would not count up the parameter's version.
+        return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
+
     def _forward(self, model: PreTrainedModel, batch: PackedBatch) -> HeadInputs:
+        if id(model) in self._routers:
+            self._routers[id(model)].replay(self._routes(model, batch))
+        hidden_ND = self._states(model, batch)[batch.loss_positions]
+        # Cast here and not by autocast: the gradients of a tied head then add up in float32 with the embedding's.
+        return HeadInputs(hidden_ND=hidden_ND.to(self._dtype), head_VD=_head(model).weight.to(self._dtype))
+
+    def _states(self, model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+        """[T, D], after the final norm."""
         with self._autocast():
             # The decoder alone: logits of all positions would be the biggest tensor of the step.
             output = model.get_decoder()(
@@ -98,9 +188,15 @@ class Policy:
                 cu_seqlens=batch.cu_seqlens,
                 use_cache=False,
             )
-        hidden_ND = output.last_hidden_state[0, batch.loss_positions]
-        # Cast here and not by autocast: the gradients of a tied head then add up in float32 with the embedding's.
-        return HeadInputs(hidden_ND=hidden_ND.to(self._dtype), head_VD=_head(model).weight.to(self._dtype))
+        states_TD: torch.Tensor = output.last_hidden_state[0]
+        return states_TD
+
+    def _routes(self, model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor | None:
+        """The experts that the tokens of a batch are sent to, where the routers are not to choose."""
+        known = batch.routes if self._keep_routing else None
+        if model is not self.model or self._older is None or not self._older.active:
+            return known
+        return self._older.routes(lambda older: self._states(older, batch), known)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtype == torch.float32:

@@ -6,7 +6,9 @@ same commands (``posttrain.learner.group``).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import select
 import signal
 import sys
@@ -29,7 +31,7 @@ from transformers import PreTrainedModel
 from posttrain.config import Lora, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.learner import Learner
-from posttrain.learner.objectives import Objective, ObjectiveSpec
+from posttrain.learner.objectives import Objective, ObjectiveSpec, TokenStats
 from posttrain.learner.packing import Totals
 from posttrain.learner.tally import Tally
 from posttrain.types import Sample
@@ -49,6 +51,7 @@ class LearnerSpec:
     dtype: torch.dtype = torch.float32
     lora: Lora | None = None
     keep_reference: bool = False
+    keep_routing: bool = False
     seed: int = 0
 
     def build(self) -> Learner:
@@ -60,6 +63,7 @@ class LearnerSpec:
             dtype=self.dtype,
             lora=self.lora,
             keep_reference=self.keep_reference,
+            keep_routing=self.keep_routing,
             seed=self.seed,
         )
 
@@ -85,11 +89,24 @@ class Failure:
     trace: str
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
+    def of(cls, error: Exception, place: Place) -> Failure:
         known = (RecipeError, FloatingPointError, ValueError, OSError)
         kind = next((kind for kind in known if isinstance(error, kind)), RuntimeError)
         message = str(error) if kind is not RuntimeError else f"{type(error).__name__}: {error}"
-        return cls(kind, message, traceback.format_exc())
+        return cls(kind, f"learner process {place.rank} of {place.num_ranks}: {message}", traceback.format_exc())
+
+
+def raise_first(results: Sequence[Any]) -> None:
+    """Raise the first failure among the results of processes."""
+    for result in results:
+        if isinstance(result, Failure):
+            error = result.kind(result.message)
+            error.add_note(result.trace)
+            raise error
+
+
+COLLECTIVE = ("join", "sum_gradients")
+"""Commands in which processes wait for one another, so that they are taken by all and fail for all."""
 
 
 def attempt(rank: Rank, command: str, arguments: Sequence[Any]) -> Any:
@@ -97,7 +114,9 @@ def attempt(rank: Rank, command: str, arguments: Sequence[Any]) -> Any:
     try:
         return getattr(rank, command)(*arguments)
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
-        return Failure.of(error)
+        if command in COLLECTIVE:
+            rank.leave()
+        return Failure.of(error, rank.place)
 
 
 class Rank:
@@ -105,30 +124,28 @@ class Rank:
 
     def __init__(self, spec: LearnerSpec, place: Place, watch: Callable[[], None] = lambda: None) -> None:
         self.learner = spec.build()
-        self._place, self._seed, self._watch = place, spec.seed, watch
+        self.place, self._seed, self._watch = place, spec.seed, watch
         self._objectives: dict[int, Objective] = {}
+        self._peers: Any = None
 
     def join(self) -> None:
         """Meet the other processes, which must do the same at the same time."""
-        cuda = self.learner.device.type == "cuda"
-        chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-        # All processes are on this machine; the name of its host may lead anywhere.
-        os.environ["GLOO_SOCKET_IFNAME"] = chosen or "lo"
-        try:
-            distributed.init_process_group(
-                "nccl" if cuda else "gloo",
-                store=distributed.FileStore(str(self._place.meeting_file), self._place.num_ranks),
-                rank=self._place.rank,
-                world_size=self._place.num_ranks,
-                timeout=timedelta(seconds=self._place.timeout_s),
-            )
-        finally:
-            if chosen is None:
-                del os.environ["GLOO_SOCKET_IFNAME"]
+        place = self.place
+        store = distributed.FileStore(str(place.meeting_file), place.num_ranks)
+        timeout = timedelta(seconds=place.timeout_s)
+        # Not the default group, of which a process has one only.
+        if self.learner.device.type == "cuda":
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._peers = distributed.ProcessGroupNCCL(store, place.rank, place.num_ranks, options)
+        else:
+            # All processes are on this machine; the name of its host may lead anywhere.
+            with _environment("GLOO_SOCKET_IFNAME", "lo"):
+                self._peers = distributed.ProcessGroupGloo(store, place.rank, place.num_ranks, timeout)
 
     def open_objective(self, number: int, spec: ObjectiveSpec) -> None:
         """Open an objective, to be named by its number from now on; rank 0 checks it."""
-        self._objectives[number] = self.learner.open_objective(spec, check=self._place.rank == 0)
+        self._objectives[number] = self.learner.open_objective(spec, check=self.place.rank == 0)
 
     def objective(self, number: int) -> Objective:
         return self._objectives[number]
@@ -138,9 +155,9 @@ class Rank:
 
     def accumulate(self, samples: Sequence[Sample], number: int, totals: Totals) -> tuple[Tally, list[bool]]:
         """The tally of this process's share, and which parameters have a gradient of it."""
-        if self._place.rank:
+        if self.place.rank:
             # Rank 0 goes on with the random numbers of its checkpoint; the others have theirs from the step.
-            entropy = np.random.SeedSequence([self._seed, self.learner.step, self._place.rank])
+            entropy = np.random.SeedSequence([self._seed, self.learner.step, self.place.rank])
             torch.manual_seed(int(entropy.generate_state(1)[0]))
         objective = self._objectives[number]
         tally = self.learner.accumulate(samples, objective, totals, before_each=self._watch)
@@ -148,6 +165,12 @@ class Rank:
 
     def measure(self, samples: Sequence[Sample], number: int, totals: Totals) -> Tally:
         return self.learner.measure(samples, self._objectives[number], totals)
+
+    def token_stats(self, samples: Sequence[Sample], number: int) -> dict[str, TokenStats]:
+        return self.learner.token_stats(samples, self._objectives[number])
+
+    def sync_reference(self, alpha: float) -> None:
+        self.learner.sync_reference(alpha)
 
     def sum_gradients(self, present: Sequence[bool]) -> None:
         """Sum the gradients over processes, of the parameters that have one in any of them.
@@ -161,7 +184,7 @@ class Rank:
         for bucket in _buckets(parameters):
             gradients = [each.grad for each in bucket if each.grad is not None]
             flat = torch.cat([gradient.flatten() for gradient in gradients])
-            work = distributed.all_reduce(flat, async_op=True)
+            work = self._peers.allreduce([flat])
             while not work.is_completed():
                 self._watch()
                 time.sleep(0.0005)
@@ -186,10 +209,25 @@ class Rank:
             value = zlib.crc32(parameter.detach().cpu().contiguous().numpy().data, value)
         return value
 
+    def leave(self) -> None:
+        """Hang up, so that nobody goes on waiting for this process."""
+        self._peers = None
+
     def close(self) -> None:
         self.learner.close()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        self.leave()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable that has this value inside, unless the user has given it another."""
+    missing = name not in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if missing:
+            del os.environ[name]
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -203,6 +241,16 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
+def send(connection: Connection, message: Any) -> None:
+    """Send by value. ``Connection.send`` would share tensors, for which the processes would have to be relatives."""
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def receive(connection: Connection) -> Any:
+    """What ``send`` sent. ``EOFError`` when the other process has ended."""
+    return pickle.loads(connection.recv_bytes())
+
+
 def main() -> None:
     """The program of rank 1 and above: take commands until told to close, or until rank 0 is gone."""
     # Rank 0 hears them, and finishes its step first.
@@ -210,17 +258,17 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     threading.Thread(target=_end_with_peer, args=(connection.fileno(),), daemon=True).start()
-    spec, place = connection.recv()
+    spec, place = receive(connection)
     torch.set_num_threads(place.num_threads)
     try:
         rank = Rank(spec, place)
     except Exception as error:  # noqa: BLE001 - rank 0 raises it
-        connection.send(Failure.of(error))
+        send(connection, Failure.of(error, place))
         return
-    connection.send(None)
+    send(connection, None)
     while True:
-        command, arguments = connection.recv()
-        connection.send(attempt(rank, command, arguments))
+        command, arguments = receive(connection)
+        send(connection, attempt(rank, command, arguments))
         if command == "close":
             # All is closed; taking the interpreter down would take seconds.
             os._exit(0)

@@ -57,6 +57,8 @@ class WorkerSpec:
     substrate: Substrate | None
     truncates: bool = False
     """Whether any sampling is truncated, so that engines which have to be told keep what it chose from."""
+    keep_routing: bool = False
+    """Whether engines say which experts tokens go to, where the model has experts."""
     folder: Path | None = None
     """Where journals and finished rollouts are kept; None keeps nothing. Actors on several nodes must all see it."""
 
@@ -181,6 +183,7 @@ class EngineActor:
             max_batch_size=self._spec.workers.max_batch_size,
             max_batch_tokens=self._spec.workers.max_batch_tokens,
             max_length=self._spec.max_length,
+            keep_routing=self._spec.keep_routing and not judge,
             journal=journal,
         )
 

@@ -11,13 +11,14 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from posttrain.errors import JudgeError, SandboxError
 from posttrain.protocols import (
+    ClearsContext,
     Completer,
     ConversationFormat,
     Environment,
@@ -27,9 +28,12 @@ from posttrain.protocols import (
     Sandbox,
     Substrate,
 )
+from posttrain.rollout.clearing import ContextClearing
+from posttrain.tally import TALLY
 from posttrain.types import (
     FinishReason,
     IntArray,
+    Message,
     Request,
     Rollout,
     Sampling,
@@ -135,14 +139,49 @@ class EpisodeClock:
 class _Transcript:
     """What is known of a rollout so far; survives a failure in the middle."""
 
+    prompt: tuple[Message, ...]
     turns: list[Turn] = field(default_factory=list)
     context_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     """Tokens the next turn adds before the policy speaks."""
+    restarts: bool = False
+    """Whether they are a new prompt in place of what came before."""
+    cleared: int = 0
+    """Turns, the oldest, that a clearing has taken something of."""
     stop: StopReason = StopReason.FINISHED
 
     def sequence(self) -> IntArray:
-        said = [part for turn in self.turns for part in (turn.context_ids, turn.completion.token_ids)]
+        """What the policy sees next."""
+        said: list[IntArray] = []
+        for turn in self.turns if not self.restarts else ():
+            said = [*([] if turn.restarts else said), turn.context_ids, turn.completion.token_ids]
         return np.concatenate([*said, self.context_ids]).astype(np.int32)
+
+    def observe(self, observations: Sequence[Message], chat: ConversationFormat) -> None:
+        """Make the next turn's context of what the world answered."""
+        after = self.messages()
+        self.context_ids, self.restarts = np.zeros(0, np.int32), False
+        remembered = chat.forget(self.sequence(), observations, after=after)
+        self.context_ids = chat.encode_observations(observations, after=after)
+        if remembered is not None:
+            self.context_ids, self.restarts = np.concatenate([remembered, self.context_ids]), True
+
+    def clear(self, clearing: ContextClearing, chat: ConversationFormat, *, window: int) -> None:
+        """Go on in a new sequence without the oldest of the conversation, if the window is nearly full."""
+        for oldest in clearing.steps(len(self.turns)):
+            size = len(self.sequence())
+            if size < clearing.at * window or oldest <= self.cleared:
+                continue
+            context = clearing.context(self.prompt, self.turns, oldest, chat)
+            if len(context) < size:
+                TALLY.add("context/clearings")
+                self.context_ids, self.restarts, self.cleared = context, True, oldest
+
+    def messages(self) -> list[Message]:
+        """The conversation up to what the policy said last."""
+        said: list[Message] = []
+        for turn in self.turns:
+            said += [{"role": "assistant", "content": turn.text}, *turn.observations]
+        return [*self.prompt, *said[: len(said) - len(self.turns[-1].observations)]]
 
 
 async def run_rollout(
@@ -161,7 +200,7 @@ async def run_rollout(
     on in the box it had.
     """
     started = time.monotonic()
-    transcript = _Transcript()
+    transcript = _Transcript(prompt=task.prompt)
     artifacts: dict[str, bytes] = {}
     error: str | None = None
     try:
@@ -173,10 +212,13 @@ async def run_rollout(
             episode = await starting if inspect.isawaitable(starting) else starting
             policy = replace(policy, chat=policy.chat.at(task.effort))
             transcript.context_ids = policy.chat.encode_prompt(task.prompt)
+            clearing = environment.clearing if isinstance(environment, ClearsContext) else None
             while await _play_turn(rollout_id, transcript, policy, episode, clock, max_turns=environment.max_turns):
                 if len(transcript.turns) == environment.max_turns:
                     transcript.stop = StopReason.TURNS
                     break
+                if clearing is not None:
+                    transcript.clear(clearing, policy.chat, window=policy.max_sequence_tokens)
             artifacts = dict(await episode.artifacts())
     except Exception as failure:  # noqa: BLE001 - the boundary named in the module's docstring
         if clock.expired:
@@ -226,16 +268,17 @@ async def _play_turn(
     transcript.turns.append(
         Turn(
             context_ids=transcript.context_ids,
-            completion=completion,
+            completion=completion.after(len(transcript.context_ids)),
             text=text,
             observations=observations or (),
+            restarts=transcript.restarts,
         )
     )
     if cut_off:
         transcript.stop = StopReason.LENGTH
     if observations is None:
         return False
-    transcript.context_ids = policy.chat.encode_observations(observations)
+    transcript.observe(observations, policy.chat)
     return True
 
 

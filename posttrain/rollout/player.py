@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from posttrain.config import Workers
@@ -33,6 +33,7 @@ from posttrain.types import (
     Message,
     Request,
     Rollout,
+    Route,
     Sampling,
     Score,
     ScoreStatus,
@@ -55,6 +56,13 @@ class Play:
     """None plays without scoring (distillation needs no reward)."""
     sampling: Sampling
     max_sequence_tokens: int
+    length_penalty: Reward | None = None
+    """Added to what the reward gives; a rollout without the one is not given the other."""
+    modes: Mapping[str | None, Play] = field(default_factory=dict)
+    """By the task's effort, where that makes a difference."""
+
+    def at(self, effort: str | None) -> Play:
+        return self.modes.get(effort, self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +80,8 @@ class GroupJob:
     """Who plays, where several play under the same rollout ids so as to draw the same random numbers."""
     variants: tuple[Task, ...] = ()
     """Forms of the task that its rollouts play in turn; none: the task itself."""
+    route: Route | None = None
+    """Handed on to the group."""
 
     def form(self, rollout: int) -> Task:
         """What the rollout of this index plays."""
@@ -175,19 +185,22 @@ class Player:
         scored = await asyncio.gather(*(self._rollout(job, i, stage) for i in range(job.num_rollouts)))
         rollouts = tuple(rollout for rollout, _ in scored)
         if isinstance(job.play.reward, GroupReward):
-            return index, Group(
-                task=job.task, rollouts=rollouts, scores=await self._score_group(job.play.reward, rollouts)
-            )
-        return index, Group(task=job.task, rollouts=rollouts, scores=tuple(score for _, score in scored))
+            given = await self._score_group(job.play.reward, rollouts)
+            penalised = (self._penalised(job.play, r, s, stage.boxes) for r, s in zip(rollouts, given, strict=True))
+            scores = tuple(await asyncio.gather(*penalised))
+        else:
+            scores = tuple(score for _, score in scored)
+        return index, Group(task=job.task, rollouts=rollouts, scores=scores, route=job.route)
 
     async def _rollout(self, job: GroupJob, index: int, stage: _Stage) -> tuple[Rollout, Score]:
         """One rollout and its score, from the record if it is there."""
         rollout_id, task = f"{job.id}/{index}", job.form(index)
+        play = job.play.at(task.effort)
         policy = Policy(
             engine=self._engine,
             chat=self._chat,
-            sampling=job.play.sampling,
-            max_sequence_tokens=job.play.max_sequence_tokens,
+            sampling=play.sampling,
+            max_sequence_tokens=play.max_sequence_tokens,
             seed=job.seed,
             player=job.player,
         )
@@ -198,6 +211,7 @@ class Player:
         async with stage.places:
             rollout = await self._attempts(replace(job, task=task), rollout_id, policy, stage)
             score = await self._score(job.play.reward, rollout, stage.boxes)
+            score = await self._penalised(play, rollout, score, stage.boxes)
         # What the machinery failed at is left out: it deserves another try when the run is resumed.
         worked = not rollout.failed and score.status in (ScoreStatus.OK, ScoreStatus.VETOED)
         if self._outcomes is not None and worked:
@@ -286,6 +300,17 @@ class Player:
         except JudgeError as failure:
             return unscored(ScoreStatus.JUDGE_ERROR, str(failure))
         return await score_rollout(rollout, reward=reward, boxes=boxes, deadline_s=self._workers.reward_deadline_s)
+
+    async def _penalised(self, play: Play, rollout: Rollout, score: Score, boxes: Boxes) -> Score:
+        """A score with the length penalty added."""
+        if play.length_penalty is None or score.value is None:
+            return score
+        penalty = await self._score(play.length_penalty, rollout, boxes)
+        if penalty.value is None:
+            return penalty
+        parts = {**score.parts, "length_penalty": penalty.value}
+        explanation = f"{score.explanation} {penalty.explanation}".strip()
+        return replace(score, value=score.value + penalty.value, parts=parts, explanation=explanation)
 
     def _with_judge(self, reward: R) -> R:
         """The same reward; one that is judged by the policy with the snapshot. ``JudgeError`` when there is none."""

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from posttrain.config import GRPO
+from posttrain.config import GRPO, Distill
 from posttrain.learner.advantages import group_advantages
-from posttrain.types import AnyRollout, Group, Sample, StopReason, Tokens
+from posttrain.types import EMPTY, AnyRollout, Group, Sample, StopReason, Tokens
 
 AdvantageRows = Sequence[Sequence[float]]
 """Per group, per rollout; NaN where a rollout is left out of the update."""
 
 
-def group_advantage_rows(groups: Sequence[Group], config: GRPO, *, min_group_size: int) -> list[list[float]]:
-    """Group-relative advantages. Unscored rollouts, and whole groups with too few scored ones, are NaN."""
-    scores = [[score.value for score in group.scores] for group in groups]
+def modes_of(group: Group) -> list[list[int]]:
+    """Indices of the rollouts in each effort mode that the task is played in."""
+    modes: dict[str | None, list[int]] = {}
+    for index, rollout in enumerate(group.rollouts):
+        modes.setdefault(rollout.task.effort, []).append(index)
+    return list(modes.values())
+
+
+def group_advantage_rows(groups: Sequence[Group], config: GRPO | Distill, *, min_group_size: int) -> list[list[float]]:
+    """Advantages relative to the rollouts of the same prompt in the same effort mode, which length sets apart.
+
+    Unscored rollouts, and all of a mode with too few scored ones, are NaN.
+    """
+    places = [(group, index, mode) for index, group in enumerate(groups) for mode in modes_of(group)]
+    scores = [[group.scores[i].value for i in mode] for group, _, mode in places]
     usable = [row if sum(v is not None for v in row) >= min_group_size else [None] * len(row) for row in scores]
-    rows = group_advantages(usable, config.scale_rewards)
-    return [[math.nan if value is None else value for value in row] for row in rows]
+    rows = [[math.nan] * len(group.scores) for group in groups]
+    for (_, index, mode), found in zip(places, group_advantages(usable, config.scale_rewards), strict=True):
+        for rollout, value in zip(mode, found, strict=True):
+            rows[index][rollout] = math.nan if value is None else value
+    return rows
 
 
 def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRPO) -> list[Sample]:
@@ -44,16 +59,25 @@ def grpo_samples(groups: Sequence[Group], advantages: AdvantageRows, config: GRP
     return samples
 
 
-def distill_samples(rollouts: Iterable[AnyRollout], weights: dict[str, float]) -> list[Sample]:
-    """Samples routed to the teacher of their domain, with the teacher's weight w_i.
+def distill_samples(
+    groups: Sequence[Group], advantages: AdvantageRows | None = None, *, scale_of: Mapping[str, float] = EMPTY
+) -> list[Sample]:
+    """Samples routed to the teacher of their group, with the teacher's weight w_i times their domain's scale, if any.
 
-    Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays.
+    Machinery failures leave; everything the policy did, wrong or cut off, is worth correcting and stays. With
+    ``advantages`` a rollout that could not be scored has advantage 0: it is distilled and not reinforced.
     """
-    return [
-        sample_of(rollout, teacher=rollout.task.domain, weight=weights[rollout.task.domain])
-        for rollout in rollouts
-        if not rollout.failed and rollout.num_generated
-    ]
+    samples = []
+    for index, group in enumerate(groups):
+        if group.route is None:
+            raise ValueError(f"the group of task {group.task.id!r} has no route; distillation needs GroupJob.route")
+        weight = group.route.weight * scale_of.get(group.task.domain, 1.0)
+        rows = [0.0] * len(group.rollouts) if advantages is None else advantages[index]
+        for rollout, advantage in zip(group.rollouts, rows, strict=True):
+            if not rollout.failed and rollout.num_generated:
+                known = 0.0 if math.isnan(advantage) else advantage
+                samples.append(sample_of(rollout, advantage=known, teacher=group.route.teacher, weight=weight))
+    return samples
 
 
 def without_stale_tokens(samples: Sequence[Sample], *, oldest: int) -> list[Sample]:

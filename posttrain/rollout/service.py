@@ -391,7 +391,7 @@ def _failed_group(job: GroupJob, reason: str, attempts: int) -> Group:
         for i in range(job.num_rollouts)
     )
     score = Score(value=None, status=ScoreStatus.ROLLOUT_ERROR, error=error)
-    return Group(task=job.task, rollouts=rollouts, scores=(score,) * job.num_rollouts)
+    return Group(task=job.task, rollouts=rollouts, scores=(score,) * job.num_rollouts, route=job.route)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -43,6 +44,10 @@ class Groups(Protocol):
         ...
 
 
+More = Callable[[Sequence[Group]], Sequence[GroupJob]]
+"""Given all groups of a step so far, the jobs to play besides; none when the step has what it needs."""
+
+
 @dataclass(slots=True)
 class GroupStream:
     """Hands a learner the groups of each step.
@@ -67,22 +72,35 @@ class GroupStream:
     """Told, once a pause, why the stream pauses."""
     paused_s: float = 0.0
     """Seconds spent pausing since ``take_paused_s`` was last called."""
+    refilled: Counter[str] = field(default_factory=Counter)
+    """Jobs played so far because a step wanted more, by domain."""
     _numbers: dict[str, int] = field(default_factory=dict)
     """Job id -> number, of the jobs under way."""
     _complete: list[tuple[GroupJob, Group]] = field(default_factory=list)
 
-    def take(self) -> list[Group]:
-        """The groups of the next step; fewer, or none, when the jobs are used up."""
+    def take(self, more: More | None = None) -> list[Group]:
+        """The groups of the next step; fewer, or none, when the jobs are used up.
+
+        Those that ``more`` asks for come behind them, all of a round before it is asked again. An interruption leaves
+        the whole step pending.
+        """
         self._fill(1 + self.max_staleness)
         while len(self._complete) < self.groups_per_step and len(self._complete) < len(self._numbers):
             self._complete += self.service.collect()
         self._complete.sort(key=lambda pair: self._numbers[pair[0].id])
         taken, self._complete = self._complete[: self.groups_per_step], self._complete[self.groups_per_step :]
         taken = self._without_breakdown(taken)
+        groups = [group for _, group in taken]
+        besides: Counter[str] = Counter()
+        while more is not None and (jobs := more(groups)):
+            played = self.play_aside(jobs)
+            groups += [group for _, group in self._without_breakdown([(job, played[job.id]) for job in jobs])]
+            besides.update(job.task.domain for job in jobs)
         for job, _ in taken:
             del self._numbers[job.id]
+        self.refilled += besides
         self._fill(self.max_staleness)
-        return [group for _, group in taken]
+        return groups
 
     def pending(self) -> list[int]:
         """Numbers of the jobs that were started and not taken; a resumed stage begins with them."""

@@ -48,6 +48,7 @@ def rollout_record(rollout: AnyRollout, score: Score) -> Record:
         "id": rollout.id,
         "task": rollout.task.id,
         "domain": rollout.task.domain,
+        "effort": rollout.task.effort,
         "prompt": list(rollout.task.prompt),
         "answer": rollout.task.answer,
         "conversation": list(rollout.messages),

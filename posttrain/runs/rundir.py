@@ -3,7 +3,7 @@
 ::
 
     recipe.json  metrics.jsonl  events.jsonl  tensorboard/  plots/*.png  report.html  report.json
-    stages/<stage>/{rollouts.jsonl, checkpoints/, judges/, final/, done.json}
+    stages/<stage>/{rollouts.jsonl, checkpoints/, judges/, states/, final/, done.json}
     boxes/  (what was done in each sandbox, where the substrate keeps them)
 """
 
@@ -50,6 +50,7 @@ class StageDir:
         self.rollouts = path / "rollouts.jsonl"
         self.checkpoints = path / "checkpoints"
         self.judges = path / "judges"
+        self.states = path / "states"
         self.final = path / "final"
         self._done = path / "done.json"
 

@@ -1,8 +1,8 @@
 """Merge: multi-teacher on-policy distillation into one student.
 
 Each step samples rollouts of the student over all domains, lets each domain's teacher read its own samples,
-and moves the student along the exact gradient of KL(student || teacher). No reward takes part. Off-policy, for
-comparison, the teachers play the rollouts themselves.
+and moves the student along the exact gradient of KL(student || teacher). What else ``Distill`` offers is off unless
+asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from posttrain.config import Distill, Domain
+from posttrain.config import Distill, Domain, Recipe
 from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
 from posttrain.learner.distillation import DistillSpec
@@ -21,14 +21,22 @@ from posttrain.preemption import PREEMPTION
 from posttrain.protocols import Teacher
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
-from posttrain.rollout.samples import distill_samples, rollout_metrics
+from posttrain.rollout.samples import (
+    distill_samples,
+    group_advantage_rows,
+    reward_metrics,
+    rollout_metrics,
+    staleness_metrics,
+    without_stale_tokens,
+)
 from posttrain.rollout.stream import Groups
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
-from posttrain.stages.mixture import interleave, shares
-from posttrain.stages.session import Session
+from posttrain.stages.domain_scales import DomainScales
+from posttrain.stages.schedule import phases, planned_tasks, scheduled_teachers
+from posttrain.stages.session import Position, Session
 from posttrain.stages.teacher_rollouts import TeacherRollouts
-from posttrain.types import IntArray, Sample, TokenArrays, Tokens
+from posttrain.types import Group, IntArray, Sample, TokenArrays, Tokens
 
 ITSELF = "the student itself"
 """The name of a teacher that is the student's starting point, which is asked nothing but whether they agree."""
@@ -38,38 +46,45 @@ MAX_SELF_KL = 5e-3
 
 def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkpoints: Mapping[str, str]) -> None:
     """From the base to ``stage.final``. ``checkpoints``: domain -> specialist, where the teacher is a checkpoint."""
-    weights = {name: domain.weight for name, domain in session.recipe.domains.items()}
     learner, position = session.open_learner(stage, session.base_path, config)
     first = position.step
     on_policy = config.rollouts_from == "student"
     if on_policy:
         session.send_policy(learner, version=first)
-    stream = open_groups(session, stage, config, first, checkpoints)
+    stream = open_groups(session, stage, config, position, checkpoints)
     teachers = teachers_of(session.recipe.domains, config, checkpoints)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
+    for name, (domain_name, teacher) in scheduled_teachers(config).items():
+        everyone[name], probes[name] = teacher, probes[domain_name]
+    scales = DomainScales.restore(position.kept) if config.rescale_domains else None
+    kept = None if scales is None else scales.state
     spec = DistillSpec(
         config=config,
         teachers=everyone,
         student_path=session.base_path,
         probes=probes,
-        folder=stage.path / "states",
+        folder=stage.states,
+        temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},
     )
     objective = learner.open_objective(spec)
     if first == 0:
         check_self_distillation(learner, objective, probes[ITSELF])
     for step in range(first, config.max_steps):
-        with session.waiting(learner, stage, step, stream):
+        with session.waiting(learner, stage, step, stream, kept):
             groups = stream.take()
         with PREEMPTION.postponed():
             session.check_scored(stage, groups)
-            samples = distill_samples((r for g in groups for r in g.rollouts), weights)
-            metrics = rollout_metrics(groups) | session.rollouts.take_counters()
+            factors = {} if scales is None else scales.factors()
+            samples = samples_of_step(session.recipe, config, groups, step, scale_of=factors)
+            metrics = metrics_of_groups(config, groups, step) | session.rollouts.take_counters()
             metrics["paused_s"] = stream.take_paused_s()
             metrics |= learner.update(samples, objective)
+            if scales is not None:
+                metrics |= scales.take(metrics, samples)
             free_groups(groups)
             if on_policy:
                 session.send_policy(learner, version=step + 1)
@@ -77,7 +92,7 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
             session.metrics.log(stage.name, step + 1, metrics)
             progress.update(step + 1, metrics)
             if (step + 1) % config.save_steps == 0:
-                session.save_checkpoint(learner, stage, step + 1, stream)
+                session.save_checkpoint(learner, stage, step + 1, stream, kept)
     session.save_final(learner, stage.final)
     learner.close()
 
@@ -130,33 +145,71 @@ def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[In
 
 
 def jobs_of_steps(
-    session: Session, stage: StageDir, config: Distill, first: int
+    session: Session, stage: StageDir, config: Distill, position: Position
 ) -> Iterator[list[tuple[int, GroupJob]]]:
-    """Per step, from step ``first`` on, its numbered jobs."""
-    per_step = shares(session.recipe.domains, config.rollouts_per_step)
-    # Another seed than the specialists' stages: the student need not see the very tasks they were trained on.
-    steps = interleave(session.recipe.domains, per_step, session.recipe.seed + 1, skip_steps=first)
-    for step, tasks in enumerate(steps, first):
-        start = step * len(tasks)
-        yield [
-            (start + i, session.job(f"{stage.name}/{step}/{i}", task, num_rollouts=1, scored=False))
-            for i, task in enumerate(tasks)
+    """Per step, from the position's on, its numbered jobs, before which come those that were under way there."""
+    per_step = rollout_groups_per_step(session.recipe, config)
+    begun = position.step * per_step + len(position.pending)
+    for step, tasks in enumerate(planned_tasks(session.recipe, config)):
+        numbered = enumerate(tasks, step * per_step)
+        jobs = [
+            (
+                number,
+                session.job(
+                    f"{stage.name}/{step}/{number - step * per_step}",
+                    task,
+                    num_rollouts=config.num_generations,
+                    scored=config.reward_coef > 0,
+                    route=route,
+                ),
+            )
+            for number, (task, route) in numbered
+            if number >= begun or number in position.pending
         ]
+        if step >= position.step or jobs:
+            yield jobs
+
+
+def rollout_groups_per_step(recipe: Recipe, config: Distill) -> int:
+    return sum(phases(recipe.domains, config)[0].num_tasks.values())
 
 
 def open_groups(
-    session: Session, stage: StageDir, config: Distill, first: int, checkpoints: Mapping[str, str]
+    session: Session, stage: StageDir, config: Distill, position: Position, checkpoints: Mapping[str, str]
 ) -> Groups:
-    """One rollout of each task of each step, from step ``first`` on, by whoever plays them."""
-    steps = jobs_of_steps(session, stage, config, first)
-    per_step = sum(shares(session.recipe.domains, config.rollouts_per_step).values())
+    """The rollouts of each step from the position's on, by whoever plays them."""
+    steps = jobs_of_steps(session, stage, config, position)
+    per_step = rollout_groups_per_step(session.recipe, config)
     if config.rollouts_from == "student":
-        return session.open_stream(itertools.chain.from_iterable(steps), per_step, max_staleness=0)
+        return session.open_stream(itertools.chain.from_iterable(steps), per_step, config.max_staleness)
     return TeacherRollouts(
         session=session,
         checkpoints=checkpoints,
-        steps=itertools.islice(steps, config.max_steps - first),
+        steps=steps,
         groups_per_step=per_step,
-        next_step=first,
+        next_step=position.step,
         steps_per_block=config.save_steps,
     )
+
+
+def samples_of_step(
+    recipe: Recipe, config: Distill, groups: Sequence[Group], step: int, *, scale_of: Mapping[str, float]
+) -> list[Sample]:
+    """What a step learns from: no tokens more than ``max_staleness`` steps old, no samples without any."""
+    advantages = None
+    if config.reward_coef > 0:
+        advantages = group_advantage_rows(groups, config, min_group_size=recipe.workers.min_group_size)
+    samples = distill_samples(groups, advantages, scale_of=scale_of)
+    if config.rollouts_from == "student":
+        samples = without_stale_tokens(samples, oldest=step - config.max_staleness)
+    return [sample for sample in samples if sample.num_loss_tokens]
+
+
+def metrics_of_groups(config: Distill, groups: Sequence[Group], step: int) -> dict[str, float]:
+    """What a step's rollouts looked like; what they earned and how old they are where that plays a part."""
+    metrics = rollout_metrics(groups)
+    if config.reward_coef > 0:
+        metrics |= reward_metrics(groups)
+    if config.max_staleness > 0:
+        metrics |= staleness_metrics(groups, step, oldest=step - config.max_staleness)
+    return metrics

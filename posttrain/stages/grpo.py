@@ -15,7 +15,7 @@ from pathlib import Path
 
 from posttrain.config import GRPO, Domain, Recipe
 from posttrain.learner.group import AnyLearner
-from posttrain.learner.objectives import GrpoSpec
+from posttrain.learner.objectives import GrpoSpec, Objective, compares_with_start, with_start
 from posttrain.preemption import PREEMPTION
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
@@ -24,6 +24,7 @@ from posttrain.rollout.samples import (
     group_metrics,
     grpo_samples,
     mixture_metrics,
+    rollout_metrics,
     staleness_metrics,
     without_stale_tokens,
 )
@@ -32,9 +33,10 @@ from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.judging import NO_JUDGING, Judging
 from posttrain.stages.mixture import interleave, shares
+from posttrain.stages.refill import Refills, refill_metrics, without_useless
 from posttrain.stages.reward_files import RewardFiles
 from posttrain.stages.session import Position, Session
-from posttrain.types import Sample
+from posttrain.types import Sample, Task
 
 COUNTS = ("tokens", "loss_tokens", "micro_batches")
 """Metrics of an optimizer step that are counted, not averaged."""
@@ -72,7 +74,7 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
     learner, position = session.open_learner(stage, start, config)
     first = position.step
     judge_domain = training.judge_training
-    judging = Judging(session, stage, judge_domain, position.judging) if judge_domain is not None else None
+    judging = Judging(session, stage, judge_domain, position.kept) if judge_domain is not None else None
     spec = GrpoSpec(
         config=config,
         max_completion_tokens=max(map(_max_completion_tokens, training.domains.values())),
@@ -81,6 +83,7 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
     objective = learner.open_objective(spec)
     session.send_policy(learner, version=first)
     stream = open_stream(session, stage, training, position, judging)
+    refills = _refills(session, training, position)
     asks_policy = any(map(session.judged_by_policy, training.domains)) or (judging is not None and judging.asks_policy)
     judge = JudgeSnapshots(session, learner, folder=stage.judges) if asks_policy else None
     if judge is not None:
@@ -99,21 +102,27 @@ def run_grpo_stage(session: Session, stage: StageDir, training: Training, start:
             judge.refresh(step)
         reloaded = {name: value for reward_files in files for name, value in reward_files.refresh(step).items()}
         with session.waiting(learner, stage, step, stream, state):
-            groups = stream.take()
+            before = stream.refilled.total()
+            groups = stream.take(refills.of_step(f"{stage.name}/{step}"))
+            refilled = stream.refilled.total() - before
         with PREEMPTION.postponed():
             session.check_scored(stage, groups)
             generated, judged = (groups, NO_JUDGING) if judging is None else judging.settle(groups, step, stream)
             advantages = group_advantage_rows(generated, config, min_group_size=session.recipe.workers.min_group_size)
+            if config.max_refills:
+                advantages = without_useless(generated, advantages)
             groups, advantages = [*generated, *judged.groups], [*advantages, *judged.advantages]
             oldest = step - config.max_staleness
-            metrics = group_metrics(generated) if len(training.domains) == 1 else mixture_metrics(generated)
+            asked = generated[: len(generated) - refilled]
+            metrics = group_metrics(asked) if len(training.domains) == 1 else mixture_metrics(asked)
+            if config.max_refills:
+                metrics |= rollout_metrics(generated) | refill_metrics(generated, refilled=refilled)
             metrics |= staleness_metrics(groups, step, oldest=oldest)
             metrics |= reloaded | judged.metrics
             metrics |= session.rollouts.take_counters() | {"paused_s": stream.take_paused_s()}
             samples = without_stale_tokens(grpo_samples(groups, advantages, config), oldest=oldest)
             order = f"{session.recipe.seed}/{stage.name}/{step}"
-            updates = [learner.update(minibatch, objective) for minibatch in minibatches(samples, config, seed=order)]
-            metrics |= merge_updates(updates)
+            metrics |= learn(learner, objective, samples, config, seed=order)
             free_groups(groups)
             session.send_policy(learner, version=step + 1)
             log.write_groups(groups, step, advantages=advantages)
@@ -154,12 +163,42 @@ def open_stream(
             elif judging is not None:
                 yield number, judging.job(number, f"{stage.name}/{step}/judge-{index - generated}")
 
-    return session.open_stream(jobs(), per_step, config.max_staleness)
+    stream = session.open_stream(jobs(), per_step, config.max_staleness)
+    stream.refilled.update(position.refilled)
+    return stream
+
+
+def _refills(session: Session, training: Training, position: Position) -> Refills:
+    """What the stage plays in place of groups that teach nothing, from where its checkpoint left off."""
+    config = training.config
+    behind = {
+        name: config.max_steps * count + position.refilled.get(name, 0) for name, count in training.per_step.items()
+    }
+
+    def job(job_id: str, task: Task) -> GroupJob:
+        return session.job(job_id, task, num_rollouts=config.num_generations)
+
+    return Refills(training.domains, seed=training.seed, behind=behind, job=job, max_refills=config.max_refills)
 
 
 def _max_completion_tokens(domain: Domain) -> int:
-    generated = domain.sampling.max_tokens * domain.environment.max_turns
+    modes = (None, *domain.efforts)
+    generated = max(domain.sampling_at(mode).max_tokens for mode in modes) * domain.environment.max_turns
     return max(generated, domain.judge_training.max_tokens) if domain.judge_training is not None else generated
+
+
+def learn(
+    learner: AnyLearner, objective: Objective, samples: Sequence[Sample], config: GRPO, *, seed: str
+) -> dict[str, float]:
+    """All optimizer steps of one rollout batch, and its metrics."""
+    if compares_with_start(config):
+        samples = with_start(samples, learner.token_stats(samples, objective), config)
+    updates = []
+    for minibatch in minibatches(samples, config, seed=seed):
+        updates.append(learner.update(minibatch, objective))
+        if config.sync_ref_model and learner.step % config.ref_model_sync_steps == 0:
+            learner.sync_reference(config.ref_model_mixup_alpha)
+    return merge_updates(updates)
 
 
 def minibatches(samples: Sequence[Sample], config: GRPO, *, seed: str) -> Iterator[list[Sample]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from posttrain.config import GRPO, Distill, Recipe
+from posttrain.config import GRPO, Distill, Domain, Recipe
 from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
@@ -24,7 +25,7 @@ from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Group, Sampling, ScoreStatus, Task
+from posttrain.types import Group, Route, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,10 @@ class Position:
     step: int
     pending: tuple[int, ...] = ()
     """Numbers of the jobs that were started before and not learned from."""
-    judging: Mapping[str, Any] | None = None
-    """What ``posttrain.stages.judging`` kept, where judge prompts are trained on."""
+    kept: Mapping[str, Any] | None = None
+    """What else the stage kept, such as the judge prompts that are trained on."""
+    refilled: Mapping[str, int] = field(default_factory=dict)
+    """``GroupStream.refilled``."""
 
 
 StateOf = Callable[[Sequence[int]], Mapping[str, Any]]
@@ -70,7 +73,7 @@ class Session:
 
     @cached_property
     def base_path(self) -> str:
-        return base_path(self.recipe.model.path, self.recipe.model.chat)
+        return base_path(self.recipe.model)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -99,10 +102,19 @@ class Session:
         spec = WorkerSpec(
             model_path=self.base_path,
             dtype=str(self.dtype).removeprefix("torch."),
-            max_length=max(domain.max_sequence_tokens for domain in self.recipe.domains.values()),
+            max_length=max(
+                domain.window_at(effort)
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
             workers=self.recipe.workers,
             substrate=substrate,
-            truncates=any(domain.sampling.truncates for domain in self.recipe.domains.values()),
+            truncates=any(
+                domain.sampling_at(effort).truncates
+                for domain in self.recipe.domains.values()
+                for effort in (None, *domain.efforts)
+            ),
+            keep_routing=any(grpo.keep_routing for grpo in self.recipe.grpo_settings()),
             folder=self.run.rollouts,
         )
         return self._stack.enter_context(RolloutService(spec))
@@ -126,17 +138,35 @@ class Session:
         scored: bool = True,
         greedy: bool = False,
         player: str = "",
+        route: Route | None = None,
     ) -> GroupJob:
         """A group of rollouts of a task, played and scored as its domain says."""
         domain = self.recipe.domains[task.domain]
-        play = Play(
+        plays = {mode: self._play(domain, task, mode, scored=scored, greedy=greedy) for mode in domain.modes_of(task)}
+        if len(plays) > num_rollouts > 0:
+            weights = [domain.efforts[mode or ""].share for mode in plays]
+            (chosen,) = random.Random(f"{self.recipe.seed}/{job_id}").choices(list(plays), weights)
+            plays = {chosen: plays[chosen]}
+        forms = tuple(replace(task, effort=mode) for mode in plays)
+        return GroupJob(
+            id=job_id,
+            task=forms[0] if len(forms) == 1 else task,
+            num_rollouts=num_rollouts,
+            play=replace(next(iter(plays.values())), modes=plays if len(plays) > 1 else {}),
+            variants=forms if len(forms) > 1 else (),
+            seed=self.recipe.seed,
+            player=player,
+            route=route,
+        )
+
+    def _play(self, domain: Domain, task: Task, mode: str | None, *, scored: bool, greedy: bool) -> Play:
+        effort, sampling = domain.efforts.get(mode or ""), domain.sampling_at(mode)
+        return Play(
             environment=domain.environment,
             reward=self.reward(task.domain) if scored else None,
-            sampling=_greedy(domain.sampling) if greedy else domain.sampling,
-            max_sequence_tokens=min(domain.max_sequence_tokens, self.window),
-        )
-        return GroupJob(
-            id=job_id, task=task, num_rollouts=num_rollouts, play=play, seed=self.recipe.seed, player=player
+            sampling=_greedy(sampling) if greedy else sampling,
+            max_sequence_tokens=min(domain.window_at(mode), self.window),
+            length_penalty=None if effort is None or not scored else effort.length_penalty,
         )
 
     def reward(self, domain: str) -> Reward | GroupReward:
@@ -188,27 +218,29 @@ class Session:
         )
 
     def save_checkpoint(
-        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, next_step: int, stream: Groups, state: StateOf | None = None
     ) -> None:
         """Save a learner and its position in the data; records of rollouts it will not need again go."""
         pending = stream.pending()
         place: dict[str, Any] = {"next_step": next_step, "pending": pending}
-        if judging is not None:
-            place["judging"] = judging(pending)
+        if state is not None:
+            place["kept"] = state(pending)
+        if isinstance(stream, GroupStream):
+            place["refilled"] = dict(stream.refilled)
         learner.save_checkpoint(stage.checkpoints, place)
         oldest = pending[0] // stream.groups_per_step if pending else next_step
         self.rollouts.forget(stage.name, before_step=oldest)
 
     @contextlib.contextmanager
     def waiting(
-        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, judging: StateOf | None = None
+        self, learner: AnyLearner, stage: StageDir, step: int, stream: Groups, state: StateOf | None = None
     ) -> Iterator[None]:
         """Where SIGTERM ends the run: between two updates, before ``step``, with a checkpoint of that place."""
         try:
             PREEMPTION.check()
             yield
         except Preempted:
-            self.save_checkpoint(learner, stage, step, stream, judging)
+            self.save_checkpoint(learner, stage, step, stream, state)
             raise
 
     def open_learner(self, stage: StageDir, start: str, config: GRPO | Distill) -> tuple[AnyLearner, Position]:
@@ -226,14 +258,20 @@ class Session:
             tokens_per_micro_batch=config.tokens_per_micro_batch,
             dtype=self.dtype,
             lora=self.recipe.model.lora,
-            keep_reference=isinstance(config, GRPO) and config.beta > 0,
+            keep_reference=config.beta > 0,
+            keep_routing=isinstance(config, GRPO) and config.keep_routing,
             seed=self.recipe.seed,
         )
         learner = open_learner(spec, self.recipe.workers.num_learners)
         self._stack.callback(learner.close)
         checkpoint = latest_checkpoint(stage.checkpoints)
         saved: dict[str, Any] = learner.load_checkpoint(checkpoint) if checkpoint else {"next_step": 0, "pending": []}
-        position = Position(step=saved["next_step"], pending=tuple(saved["pending"]), judging=saved.get("judging"))
+        position = Position(
+            step=saved["next_step"],
+            pending=tuple(saved["pending"]),
+            kept=saved.get("kept"),
+            refilled=saved.get("refilled", {}),
+        )
         RolloutLog(stage).rewind(position.step - 1)
         self.begin(stage, position.step)
         return learner, position
