@@ -348,7 +348,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         values = [row["domains"][domain]["kept"] for domain in domains]
         middle = [value[0] for value in values]
         kept.append([row["label"], *map(_percents, values), f"{min(middle):.0%}", f"{np.mean(middle):.0%}"])
-    order = np.argsort([-min(row["domains"][d]["kept"][0] for d in domains) for row in results["methods"]])
+    order = np.argsort([-np.mean([row["domains"][d]["kept"][0] for d in domains]) for row in results["methods"]])
     scores = [
         [model, *(_numbers(results["reference"][domain][model]) for domain in domains)]
         for model in ("base", "specialist")
