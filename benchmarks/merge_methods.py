@@ -143,7 +143,7 @@ class Study:
     out: Path
     rates: Mapping[str, Sequence[float]]
     probed: int = 256
-    """Rollouts, over all domains, that measure a student on training tasks."""
+    """Rollouts, over all domains, that measure a student on training tasks; 0 leaves out its KL to the teachers."""
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -191,8 +191,9 @@ class Study:
         scores = self.out / "reference" / "stages" / "evaluate" / "scores"
         shutil.copytree(scores, RunDir(chosen).stage("evaluate").path / "scores", dirs_exist_ok=True)
         self._run(chosen.name, self._recipe_of(name, self.rate_of(name, chosen)))
-        step = self.distill.replace(max_steps=1, rollouts_per_step=self.probed, optim=STILL)
-        self._probe(DISTANCE, chosen, step)
+        if self.probed:
+            step = self.distill.replace(max_steps=1, rollouts_per_step=self.probed, optim=STILL)
+            self._probe(DISTANCE, chosen, step)
 
     def chosen_run(self, name: str) -> Path:
         """The run of a method: the one whose learning rate did best in training."""
@@ -276,7 +277,7 @@ def summarise(study: Study, names: Sequence[str]) -> dict[str, Any]:
                     domain: _standing(models, scores.get(OURS, {}).get(domain), options)
                     | _answers(run, domain)
                     | _greedy(run, domain, options)
-                    | {"kl": _distill_lines(run.with_name(DISTANCE + run.name))[0][f"kl/{domain}"]}
+                    | _distance(run, domain)
                     for domain, models in scores[name].items()
                 },
             }
@@ -289,6 +290,12 @@ def _scores(run: Path) -> dict[str, dict[str, Scores]]:
     """Domain -> model -> [N, S] sampled scores."""
     evaluations = load_evaluations(RunDir(run).stage("evaluate").path)
     return {e.domain: {model: scores.sampled for model, scores in e.models.items()} for e in evaluations}
+
+
+def _distance(run: Path, domain: str) -> dict[str, float]:
+    """The KL to the teacher, in nats per token, where it was measured."""
+    lines = _distill_lines(run.with_name(DISTANCE + run.name))
+    return {"kl": lines[0][f"kl/{domain}"]} if lines else {}
 
 
 def _greedy(run: Path, domain: str, options: Bootstrap) -> dict[str, Any]:
@@ -384,7 +391,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         _table(
             ["KL(student, teacher) on the student's answers, nats a token", *domains],
             [[row["label"], *(f"{row['domains'][d]['kl']:.4f}" for d in domains)] for row in results["methods"]],
-        ),
+        )
+        if all("kl" in row["domains"][d] for row in results["methods"] for d in domains)
+        else "",
         _table([*cost_heads, *(f"{d}: tokens an answer (cut off)" for d in domains)], costs),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -457,7 +466,7 @@ def small_study(folder: Path) -> Study:
         evaluation=Evaluation(num_tasks=8, num_samples=1, bootstrap_resamples=200, greedy=False),
     )
     run_recipe(whole, folder / "specialists", resume=False, stop_before="distill")
-    return Study(whole=whole, source=RunDir(folder / "specialists"), out=folder / "methods", rates={})
+    return Study(whole=whole, source=RunDir(folder / "specialists"), out=folder / "methods", rates={}, probed=0)
 
 
 def compare(study: Study, names: Sequence[str]) -> None:
@@ -493,7 +502,7 @@ def main() -> None:
     rates = {name: [float(r) for r in given.split(",")] for name, given in (t.split("=") for t in arguments.rates)}
     if arguments.quick:
         with tempfile.TemporaryDirectory() as folder, ray_session(quickstart.recipe().workers):
-            chosen = names if arguments.methods != ",".join(METHODS) else [OURS, "ties", "mixed_rl"]
+            chosen = names if arguments.methods != ",".join(METHODS) else [OURS, "ties"]
             compare(small_study(Path(folder)), chosen)
         return
     if arguments.run is None or arguments.out is None:
