@@ -59,7 +59,6 @@ def domain(name: str, letter: str) -> Domain:
             max_steps=5,
             groups_per_step=2,
             num_generations=4,
-            max_refills=1,
             beta=0.01,
             optim=Optim(learning_rate=1e-3),
             save_steps=1,

@@ -359,7 +359,8 @@ def test_a_joint_run_killed_amid_judging_ends_as_if_it_was_never_disturbed(tiny_
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_joint_run_ahead_of_its_learner_trains_on_every_group_once_over_a_kill(tiny_model, tmp_path):
-    run_dir, ahead = tmp_path / "run", ("--set", "domains.*.grpo.max_staleness=1")
+    ahead = ("--set", "domains.*.grpo.max_staleness=1", "--set", "domains.*.grpo.max_refills=0")
+    run_dir = tmp_path / "run"
     stage = run_dir / "stages" / "grpo-vowels"
     kill_at(start(tiny_model, run_dir, *ahead), stage, "checkpoints/step-00000[2-5]")
     saved = json.loads(max(stage.glob("checkpoints/step-*/checkpoint.json")).read_text())["caller"]

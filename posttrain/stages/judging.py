@@ -265,9 +265,11 @@ class JudgePool:
 
     def state(self) -> dict[str, Any]:
         tasks = [dataclasses.asdict(task) for waiting in self._waiting.values() for task in waiting]
-        return {"tasks": tasks, "counts": dict(self._counts)}
+        return {"tasks": tasks, "labels": list(self._waiting), "counts": dict(self._counts)}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
+        for label in saved["labels"]:
+            self._waiting[label] = deque(maxlen=self._size)
         self.add(map(judge_task, saved["tasks"]))
         self._counts = Counter(saved["counts"])
 
