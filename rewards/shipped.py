@@ -17,13 +17,14 @@ from rewards.audit import Audited
 from rewards.code import CodeReward
 from rewards.compose import Cap, Gate, GroupSum, Product, WeightedSum
 from rewards.controls import Case
+from rewards.dsml import DsmlFormat
 from rewards.functions import from_function, from_verifiers, from_verl
 from rewards.grading import HiddenTests
 from rewards.ifeval import IFEvalReward
 from rewards.joint import GoldenRow, MetaVerdictReward, VerdictReward, golden_task
 from rewards.judge import MET, UNMET, LineDialect
 from rewards.language import LanguageReward
-from rewards.length import CosineLength, OverlongPenalty
+from rewards.length import CosineLength, EffortPenalty, OverlongPenalty
 from rewards.math import MathReward
 from rewards.pairwise import FIRST, SECOND, TIE, PairwiseReward
 from rewards.rubric import Rubric, RubricReward
@@ -293,6 +294,16 @@ def _overlong_sum() -> Reward:
     return WeightedSum(parts, {"right": 1.0, "length": 0.5})
 
 
+def _effort_sum() -> Reward:
+    parts: dict[str, Reward] = {"right": EXACT, "length": EffortPenalty(normal_tokens=4096)}
+    return WeightedSum(parts, {"right": 1.0, "length": 1.0})
+
+
+def _well_formed() -> Reward:
+    """The form alone is paid for any plain sentence: it is a factor, not a reward to stand by itself."""
+    return Product({"right": EXACT, "form": DsmlFormat()})
+
+
 def _gate() -> Reward:
     return Gate(condition=EXACT, reward=_CONSTANT)
 
@@ -445,7 +456,9 @@ SHIPPED: Mapping[str, Callable[[], Audited]] = {
     "tool_calls_tags": partial(_tool_calls, "tool_calls_tags", "tags"),
     "language": _language,
     "overlong_penalty": _overlong,
+    "effort_penalty": partial(_composed, "effort_penalty", _effort_sum, pays=0.9),
     "cosine_length": _cosine,
+    "dsml_format": partial(_composed, "dsml_format", _well_formed),
     "weighted_sum": partial(_composed, "weighted_sum", _overlong_sum),
     "gate": partial(_composed, "gate", _gate),
     "product": partial(_composed, "product", _product),
