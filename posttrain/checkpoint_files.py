@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,8 +42,7 @@ def fetch(url: str, cache: Path) -> Path:
         if not files:
             raise FileNotFoundError(f"{root} does not exist or is empty")
         target = cache / "remote" / f"{PurePosixPath(root).name}-{_digest(url, files)}"
-        if not target.exists():
-            _copy(fs, files, target)
+        made_whole(target, lambda folder: _copy(fs, files, folder))
     except (ImportError, ValueError, OSError) as error:
         raise RecipeError(
             f"model path {url!r}: {error}; expected a checkpoint folder or a .gguf file that can be read through "
@@ -52,6 +51,25 @@ def fetch(url: str, cache: Path) -> Path:
     only = next(iter(files))
     _FETCHED[url] = target / PurePosixPath(only).name if only == root else target
     return _FETCHED[url]
+
+
+def made_whole(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by ``make`` unless it is there; what ``make`` raises leaves nothing behind."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(draft)
+        # Renaming makes it whole or absent; a process that was faster left the same content.
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -102,22 +120,11 @@ def _digest(url: str, files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(repr((url, told)).encode()).hexdigest()[:16]
 
 
-def _copy(fs: Any, files: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name, entry in files.items():
-            copy = draft / PurePosixPath(name).name
-            fs.get_file(name, str(copy))
-            if copy.stat().st_size != entry["size"]:
-                raise ValueError(f"{name} has {entry['size']} bytes, of which {copy.stat().st_size} arrived")
-        for file in [*safetensors_files(draft), *draft.glob("*.safetensors")]:
-            safetensors_header(file)
-        # Renaming makes it whole or absent; a process that was faster copied the same files.
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def _copy(fs: Any, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    for name, entry in files.items():
+        copy = folder / PurePosixPath(name).name
+        fs.get_file(name, str(copy))
+        if copy.stat().st_size != entry["size"]:
+            raise ValueError(f"{name} has {entry['size']} bytes, of which {copy.stat().st_size} arrived")
+    for file in [*safetensors_files(folder), *folder.glob("*.safetensors")]:
+        safetensors_header(file)

@@ -6,13 +6,10 @@ import functools
 import hashlib
 import importlib.util
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from posttrain.checkpoint_files import fetch, is_url
+from posttrain.checkpoint_files import fetch, is_url, made_whole
 from posttrain.config import Model
 from posttrain.errors import RecipeError
 
@@ -73,7 +70,7 @@ def base_path(model: Model) -> str:
         load_tokenizer(path).save_pretrained(folder)
 
     chosen = "-".join(str(value) for value in entries.values())
-    return str(_made(cache_dir() / "stable" / f"{Path(path).name}-{chosen}-{_content_hash(Path(path))}", prepare))
+    return str(made_whole(cache_dir() / "stable" / f"{Path(path).name}-{chosen}-{_content_hash(Path(path))}", prepare))
 
 
 def resolve_folder(path: str, *, holding: str) -> str:
@@ -102,7 +99,7 @@ def _with_chat(resolved: str, chat: Literal["template", "v4"]) -> str:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return str(_made(cache_dir() / "v4" / f"{Path(resolved).name}-{_content_hash(Path(resolved))}", prepare))
+    return str(made_whole(cache_dir() / "v4" / f"{Path(resolved).name}-{_content_hash(Path(resolved))}", prepare))
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -229,26 +226,7 @@ def _converted(gguf: Path) -> str:
     stat = gguf.stat()
     digest = _digest(gguf, stat.st_size, stat.st_mtime_ns)
     target = cache_dir() / "gguf" / f"{gguf.stem}-{digest}"
-    return str(_made(target, lambda folder: _convert(gguf, folder)))
-
-
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled now if it is not there."""
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        make(draft)
-        # Renaming makes it whole or absent; a process that was faster left the same content.
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return target
+    return str(made_whole(target, lambda folder: _convert(gguf, folder)))
 
 
 def _content_hash(folder: Path) -> str:
