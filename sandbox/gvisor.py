@@ -137,6 +137,7 @@ class GvisorSandbox(AgentSandbox):
 
     async def exec(self, command: str | Sequence[str], **options: Any) -> ExecResult:
         """As in every box. A command that was running when memory ran out is OOM, whichever took it."""
+        await self._memory_is_back()
         kills_before = self.group.hits().oom_kills
         watch = asyncio.create_task(self._end_commands_when_full())
         try:
@@ -152,7 +153,6 @@ class GvisorSandbox(AgentSandbox):
         if result.status is not ExecStatus.CANCELLED:
             return result
         self.ended_full.add(options.get("op_id", ""))
-        await self._memory_is_back()
         return replace(result, status=ExecStatus.OOM)
 
     async def result_of(self, op_id: str) -> Any:
@@ -171,7 +171,7 @@ class GvisorSandbox(AgentSandbox):
                     await self.end_commands()
 
     async def _memory_is_back(self) -> None:
-        """Wait until the sentry has returned what dead processes held, so that the next command starts with room."""
+        """Wait until the sentry has returned what dead processes held, so that no command ends for an earlier one."""
         deadline = time.monotonic() + RETURN_DEADLINE_S
         while self._is_full() and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_EVERY_S)
