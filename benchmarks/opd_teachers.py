@@ -3,14 +3,16 @@
     python -m benchmarks.opd_teachers [--quick] [--json FILE] [--device cpu|cuda]
 
 The student and the teachers are checkpoints of one shape with random weights, written for the occasion. A step is
-what ``posttrain.stages.distill`` does after the rollouts: the teachers read their samples, the learner makes one
-update. Each count of teachers gets a pool and a learner of its own; the pool holds one teacher at work and one loading.
+what ``posttrain.stages.distill`` does after the rollouts: the teachers read their samples and leave the states in
+files, and the learner makes one update. Each count of teachers gets a pool and a learner of its own; the pool has
+memory for one teacher at work and one loading.
 """
 
 from __future__ import annotations
 
-import gc
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import MIB, Metric, PeakMemory, arguments, random_tokens, report, seconds
 from posttrain.config import Distill, Optim
-from posttrain.learner.distillation import DistillObjective
+from posttrain.learner.distillation import DistillSpec
 from posttrain.learner.learner import Learner
 from posttrain.types import Sample
-from teachers.cache import MemoryStore
 from teachers.library import SwapOnDemand
-from teachers.pool import TeacherPool
 from teachers.sources import HFTeacher
 
 CONFIG = LlamaConfig(
@@ -68,51 +68,44 @@ def write_checkpoint(config: LlamaConfig, folder: Path, seed: int) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-class Step:
-    """One distillation step over ``count`` teachers, again and again."""
-
-    def __init__(self, config: LlamaConfig, folder: Path, count: int, samples: list[Sample], device: str) -> None:
-        teachers = {f"teacher-{index:03}": HFTeacher(str(folder / f"{index}")) for index in range(count)}
-        names = sorted(teachers)
-        self._samples = [replace(sample, teacher=names[i % count]) for i, sample in enumerate(samples)]
-        self._store = MemoryStore()
-        model = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-        teacher_mib = model.num_parameters() * 2 / MIB
-        self._pool = TeacherPool(teachers, memory_mb=int(BUDGET_IN_TEACHERS * teacher_mib), device=device)
-        self._learner = Learner(
-            model,
-            optim=Optim(learning_rate=1e-5),
-            num_steps=1000,
-            tokens_per_micro_batch=2048,
-            dtype=torch.bfloat16,
-        )
-        distill = Distill(teachers=SwapOnDemand())
-        self._objective = DistillObjective(config=distill, states=self._store, head_of=self._pool.head)
-
-    def __call__(self) -> None:
-        self._pool.cache_states(self._samples, self._store)
-        self._learner.update(self._samples, self._objective)
-        self._store.free(sample.id for sample in self._samples)
-
-    @property
-    def head_loads(self) -> int:
-        return self._pool.stats.head_loads
-
-    def close(self) -> None:
-        self._pool.close()
-        self._learner.close()
-        gc.collect()
+@contextmanager
+def open_step(folder: Path, count: int, samples: list[Sample], device: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """One distillation step over ``count`` teachers, to be made again and again; it returns its metrics."""
+    teachers = {f"teacher-{index:03}": HFTeacher(str(folder / f"{index}")) for index in range(count)}
+    names = sorted(teachers)
+    samples = [replace(sample, teacher=names[i % count]) for i, sample in enumerate(samples)]
+    model = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    memory_mb = int(BUDGET_IN_TEACHERS * model.num_parameters() * 2 / MIB)
+    spec = DistillSpec(
+        config=Distill(teachers=SwapOnDemand(memory_mb=memory_mb, device=device)),
+        teachers=teachers,
+        student_path=str(folder / "student"),
+        probes={},
+        folder=folder / f"states-{count}",
+    )
+    learner = Learner(
+        model,
+        optim=Optim(learning_rate=1e-5),
+        num_steps=1000,
+        tokens_per_micro_batch=2048,
+        dtype=torch.bfloat16,
+    )
+    objective = learner.open_objective(spec, check=False)
+    try:
+        yield lambda: learner.update(samples, objective)
+    finally:
+        learner.close()
 
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
     config = SMALL_CONFIG if options.quick else CONFIG
     counts = [1, 12] if options.quick else [1, 12, 100]
-    samples = make_samples(100 if options.quick else 200, config.vocab_size)
+    samples = make_samples(200, config.vocab_size)
     console = Console(width=110)
     taken: dict[int, float] = {}
     peaks: dict[int, float] = {}
-    heads: dict[int, int] = {}
+    heads: dict[int, float] = {}
     with tempfile.TemporaryDirectory(prefix="posttrain-benchmark-") as name:
         folder = Path(name)
         write_checkpoint(config, folder / "student", seed=1000)
@@ -120,12 +113,10 @@ def main() -> None:
             write_checkpoint(config, folder / str(index), seed=index)
         for count in counts:
             peak = PeakMemory(options.device)
-            step = Step(config, folder, count, samples, options.device)
-            taken[count] = seconds(step, options.device, repeats=3)
-            before = step.head_loads
-            step()
-            heads[count], peaks[count] = step.head_loads - before, peak.mib()
-            step.close()
+            with open_step(folder, count, samples, options.device) as step:
+                taken[count] = seconds(step, options.device, repeats=1 if options.quick else 2)
+                heads[count] = step()["teacher/head_loads"]
+                peaks[count] = peak.mib()
             console.print(f"{count} teachers: {taken[count]:.2f} s, {heads[count]} heads, {peaks[count]:,.0f} MiB")
     metrics = [
         Metric("step_ratio_12", taken[12] / taken[1], "ratio", "<= 1.1"),

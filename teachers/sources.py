@@ -10,7 +10,6 @@ Not covered: architectures that add a bias to their logits, or are not causal; l
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from posttrain.types import IntArray
 from teachers.batching import MAX_BATCH_TOKENS, length_batches, padded
 from teachers.logits import LogitTransform, OutputHead, body_of, check_logits
 from teachers.streaming import StreamedTeacher
-from teachers.weights import Skeleton, Unreadable, Weights
+from teachers.weights import Skeleton, Unreadable, Weights, drop_weights
 
 DType = Literal["auto", "float32", "bfloat16"]
 HASHED_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
@@ -202,8 +201,9 @@ class CausalTeacher:
 
     def close(self) -> None:
         """Free the weights. Tensors handed out before stay valid and keep only themselves alive."""
-        self._model = None
-        gc.collect()  # Modules refer to one another in cycles, which would otherwise wait for the collector.
+        if self._model is not None:
+            drop_weights(self._model)
+            self._model = None
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
 

@@ -14,7 +14,6 @@ compared with those of the plain order, layer after layer in one call, and such 
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from posttrain.errors import RecipeError
 from posttrain.types import IntArray
 from teachers.batching import MAX_BATCH_TOKENS, length_batches, padded
 from teachers.logits import LogitTransform, body_of, check_logits
-from teachers.weights import Skeleton, Unreadable
+from teachers.weights import Skeleton, Unreadable, drop_weights
 
 PROBE = (3, 1, 4, 1, 5, 9)
 MAX_DEVIATION = 1e-3
@@ -107,8 +106,9 @@ class StreamedTeacher:
     def close(self) -> None:
         """Free the weights."""
         self._reader.shutdown()
-        self._model = None
-        gc.collect()
+        if self._model is not None:
+            drop_weights(self._model)
+            self._model = None
 
     def _take_apart(self) -> None:
         """Put the layers into slots, the embedding behind a look-up by row, and read all that is neither."""

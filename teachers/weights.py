@@ -140,6 +140,15 @@ class Skeleton:
         return self.model.to(device)
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Free the memory of a model's weights, which its modules, being in cycles, would hold until the next collection.
+
+    A tensor that shares memory with one of them stays valid.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
 def _fill_buffers(model: Any) -> None:
     """Compute the buffers that are not saved, as transformers does after loading."""
     for module in model.modules():
