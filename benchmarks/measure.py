@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,19 @@ def seconds(function: Callable[[], object], device: str, *, repeats: int, warm_u
         _synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def seconds_in_turns(
+    functions: Mapping[str, Callable[[], object]], device: str, *, repeats: int, warm_up: int = 1
+) -> dict[str, float]:
+    """Median wall time of one call of each, called in turn, so that what slows the machine slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warm_up + repeats):
+        for name, function in functions.items():
+            taken = seconds(function, device, repeats=1, warm_up=0)
+            if turn >= warm_up:
+                times[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 class PeakMemory:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.full_logits import Case, naive, seconds_in_a_plain_process
-from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds
+from benchmarks.measure import MIB, Metric, PeakMemory, arguments, report, seconds_in_turns
 from posttrain.divergence import divergence_sum
 from posttrain.divergence.reference import divergence_reference
 
@@ -112,15 +112,15 @@ def relative_error(device: str, dtype: torch.dtype) -> float:
 def measured(shape: Shape, contenders: dict[str, Contender], device: str, repeats: int) -> list[Row]:
     """Time and memory of the floor and of each contender at one shape."""
     case = Case.random(*shape, device, torch.bfloat16)
-    rows: list[Row] = [{"shape": shape, "name": "floor", "s": seconds(floor(case), device, repeats=repeats)}]
-    for name, make in contenders.items():
-        run = make(case)
-        taken = seconds(run, device, repeats=repeats)
+    runs = {"floor": floor(case)} | {name: make(case) for name, make in contenders.items()}
+    taken = seconds_in_turns(runs, device, repeats=repeats)
+    rows: list[Row] = [{"shape": shape, "name": "floor", "s": taken["floor"]}]
+    for name in contenders:
         case.hidden.grad = case.head.grad = None
         peak = PeakMemory(device)
-        run()
+        runs[name]()
         extra = peak.mib() - case.result_bytes / MIB
-        rows.append({"shape": shape, "name": name, "s": taken, "extra_mib": extra})
+        rows.append({"shape": shape, "name": name, "s": taken[name], "extra_mib": extra})
     return rows
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     if device == "cuda" and importlib.util.find_spec("liger_kernel"):
         contenders["liger"] = liger
     other_forms = {name: functools.partial(posttrain, **form) for name, form in FORMS.items() if form}
-    repeats = 20 if device == "cuda" else 3
+    repeats = 20 if device == "cuda" else 5 if options.quick else 3
     rows = []
     for shape in shapes:
         chosen = contenders | (other_forms if shape == shapes[0] else {})

@@ -268,7 +268,11 @@ class Distill(Value):
     product of pi_theta / mu over the tokens before it in the rollout, cut off at these bounds."""
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
-    arXiv 2306.13649). ``sampled_token`` estimates the first only."""
+    arXiv 2306.13649). ``sampled_token`` estimates the first only.
+
+    A reverse KL has no gradient towards what the student gives no mass. Where the first answers are far from what the
+    teachers say, it may stay high to the end (``kl/DOMAIN``), and ``jsd`` did not (benchmarks/results/merge_methods).
+    """
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
     temperature: float = Field(default=1.0, gt=0)

@@ -238,12 +238,15 @@ def _divergence_and_gradients(
 
 
 def _scaled(matrix: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``matrix * factor`` in ``dtype``, a few rows at a time: PyTorch would make the whole product in float32 first."""
-    scaled = torch.empty_like(matrix, dtype=dtype)
-    rows = max(1, _PART_ENTRIES // matrix.shape[1])
-    for source, target in zip(matrix.split(rows), scaled.split(rows), strict=True):
-        torch.mul(source, factor, out=target)
-    return scaled
+    """``matrix * factor`` in ``dtype``, in the memory of ``matrix``: fresh memory of a head's size costs more than the
+    product. An entry's new place is never behind its old one, so a part is read before another is written over it.
+    """
+    if dtype.itemsize > matrix.itemsize:
+        return matrix.to(dtype) * factor
+    old, new = matrix.view(-1), matrix.view(-1).view(dtype)[: matrix.numel()]
+    for source, target in zip(old.split(_PART_ENTRIES), new.split(_PART_ENTRIES), strict=True):
+        target.copy_(source * factor)
+    return new.view_as(matrix)
 
 
 def _add_head_gradient(total_VD: torch.Tensor, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, *, add: bool) -> None:
