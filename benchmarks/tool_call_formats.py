@@ -10,8 +10,8 @@ prompts with the same random numbers, once sampled and once greedily. Intervals 
 The start is the base after ``--copy-steps`` of repeating such prompts word for word: the tiny base cannot, and the
 errors of a model that cannot copy say nothing about formats.
 
-With the default steps the tiny base learns neither form yet: 1,000 errors in 1,000 calls in both, one seed. That compares
-nothing, and no figure is recorded; a start that can copy comes first.
+With the default steps the tiny base learns neither form yet: 1,000 errors in 1,000 calls in both, one seed. That
+compares nothing, and no figure is recorded; a start that can copy comes first.
 
 A text that holds the end tag of a DSML parameter has no form in DSML. None is demonstrated; such prompts are played
 besides and counted apart.
