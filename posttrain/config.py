@@ -270,8 +270,9 @@ class Distill(Value):
     """KL(student || teacher), KL(teacher || student), or the generalised Jensen-Shannon divergence (GKD,
     arXiv 2306.13649). ``sampled_token`` estimates the first only.
 
-    A reverse KL has no gradient towards what the student gives no mass. Where the first answers are far from what the
-    teachers say, it may stay high to the end (``kl/DOMAIN``), and ``jsd`` did not (benchmarks/results/merge_methods).
+    A student that follows a reverse KL does not learn what it does not draw. Where its first answers are far from what
+    the teachers say, the KL may stay high to the end (``kl/DOMAIN``); with ``jsd`` it fell in the one comparison there
+    is (benchmarks/results/merge_methods).
     """
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""

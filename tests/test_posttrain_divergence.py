@@ -198,6 +198,14 @@ def test_float32_arithmetic_survives_autocast() -> None:
     torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
+def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+    inputs = [tensor.bfloat16().requires_grad_() for tensor in random_case()]
+    loss, _ = divergence_sum(*inputs)
+    torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, inputs[:2])
+
+
 def test_frozen_student_parts_get_no_gradient() -> None:
     case = CASES["random"]
     hidden = case[0].clone().requires_grad_()

@@ -240,6 +240,7 @@ def _divergence_and_gradients(
 def _scaled(matrix: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``matrix * factor`` in ``dtype``, in the memory of ``matrix``: fresh memory of a head's size costs more than the
     product. An entry's new place is never behind its old one, so a part is read before another is written over it.
+    The result keeps the memory of ``matrix``, and what was saved for a second backward is gone, which autograd reports.
     """
     if dtype.itemsize > matrix.itemsize:
         return matrix.to(dtype) * factor
