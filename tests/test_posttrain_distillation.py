@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,8 +23,9 @@ from posttrain.learner.distill_losses import (
 from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.logprobs import bucket_logprobs, top_k_logprobs
 from posttrain.learner.packing import PackedBatch, Totals
-from posttrain.types import Sample, Tokens
+from posttrain.types import KeptTokens, Sample, Tokens
 from tests.test_posttrain_learner import (
+    VOCABULARY,
     distill_objective,
     make_learner,
     make_samples,
@@ -393,8 +395,45 @@ def test_log_ratios_are_measured_by_domain_for_their_scale() -> None:
         assert metrics[f"log_ratio_sq/{domain}"] == pytest.approx((mine**2).mean().item(), rel=2e-2)
 
 
-def test_tokens_drawn_at_two_temperatures_are_not_compared_at_one() -> None:
-    samples = make_samples(tiny_llama(), teachers=("a",))
-    objective = with_loss(distill_objective(samples, {"a": tiny_llama(seed=3)}), "sampled_token")
-    with pytest.raises(ValueError, match=r"temperatures \[0.5, 1.0\]"):
-        make_learner(tiny_llama()).update(samples, replace(objective, temperatures={"code": 0.5}))
+@pytest.mark.parametrize("loss", ["sampled_token", "full_vocabulary"])
+def test_teachers_and_temperatures_may_share_a_micro_batch(loss: str) -> None:
+    """With what was kept in truncated sampling, and with the log-ratios, which all go by the token drawn."""
+    samples = make_samples(tiny_llama(seed=1), teachers=("a", "b", "c"))
+    rng = np.random.default_rng(0)
+    for index, each in enumerate(samples[::2]):
+        arrays = each.load()
+        kept = [np.unique([token, *rng.integers(0, VOCABULARY, 5)]) for token in arrays.token_ids]
+        offsets = np.cumsum([0, *map(len, kept)])
+        arrays = replace(arrays, kept=KeptTokens(ids=np.concatenate(kept).astype(np.int32), offsets=offsets))
+        samples[2 * index] = replace(each, tokens=Tokens.of(arrays))
+    objective = with_loss(
+        distill_objective(samples, {name: tiny_llama(seed=seed) for seed, name in enumerate("abc", 3)}),
+        loss,
+        rescale_domains=True,
+    )
+    objective = replace(objective, temperatures={"code": 0.5})
+    whole, packed = (make_learner(tiny_llama(), budget=size).update(samples, objective) for size in (4096, 10))
+    assert (whole["micro_batches"], packed["micro_batches"]) == (1, len(samples))
+    for name in ("loss", "kl/math", "kl/code", "grad_norm", "log_ratio/code", "log_ratio_sq/math"):
+        assert packed[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)
+    other = make_learner(tiny_llama()).update(samples, replace(objective, temperatures={}))
+    assert other["log_ratio/code"] != pytest.approx(whole["log_ratio/code"], rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["full_vocabulary", "teacher_top_k", "sampled_token"])
+def test_a_micro_batch_holds_one_head_at_a_time_and_asks_for_each_once(loss: str) -> None:
+    samples = make_samples(tiny_llama(), teachers=("a", "b", "c"))
+    models = {name: tiny_llama(seed=seed) for seed, name in enumerate("abc", 3)}
+    objective = with_loss(distill_objective(samples, models), loss)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    asked = []
+
+    def head_of(name: str) -> torch.Tensor:
+        assert not any(head() is not None for head in alive)
+        asked.append(name)
+        head = objective.head_of(name).clone()
+        alive.append(weakref.ref(head))
+        return head
+
+    make_learner(tiny_llama(), budget=4096).update(samples, replace(objective, head_of=head_of))
+    assert asked == ["a", "b", "c"]

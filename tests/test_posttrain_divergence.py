@@ -13,7 +13,7 @@ import torch
 from trl.experimental.gkd import GKDTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from posttrain.divergence import cpu_tiles, divergence_sum
+from posttrain.divergence import TeacherLogits, cpu_tiles, divergence_sum, divergence_sum_by_teacher
 from posttrain.divergence.cpu_tiles import CpuTiles
 from posttrain.divergence.measure import Measure
 from posttrain.divergence.reference import divergence_reference
@@ -153,6 +153,42 @@ def test_size_of_a_tile_does_not_change_the_result(chunk_tokens: int, form: str)
     want = with_gradients(CASES["random"], **FORMS[form])
     for one, other in zip(found, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["reverse_kl", "jsd"])
+def test_teachers_in_turn_give_the_sum_of_each(form: str, dtype: torch.dtype) -> None:
+    student_hidden, student_head, *first = (tensor.to(dtype) for tensor in random_case())
+    second = random_case(seed=1)[2:]
+    cuts, caps = [0, 2, 2, N], [None, 5.0, 5.0]
+    parts = [
+        (slice(start, stop), hidden[start:stop].to(dtype), head.to(dtype), cap)
+        for start, stop, (hidden, head), cap in zip(cuts, cuts[1:], (first, first, second), caps, strict=False)
+    ]
+    weights = weights_for(random_case())
+    results = []
+    for by_teacher in (True, False):
+        hidden, head = (tensor.clone().requires_grad_() for tensor in (student_hidden, student_head))
+        if by_teacher:
+            teachers = (TeacherLogits(hidden_NE=h, head_VE=w, logit_cap=cap) for _, h, w, cap in parts)
+            found = divergence_sum_by_teacher(hidden, head, teachers, **FORMS[form], weights_N=weights)
+            losses, values = ([each] for each in found)
+        else:
+            losses, values = zip(
+                *(
+                    divergence_sum(
+                        hidden[rows], head, h, w, **FORMS[form], weights_N=weights[rows], teacher_logit_cap=cap
+                    )
+                    for rows, h, w, cap in parts
+                ),
+                strict=True,
+            )
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        results.append((loss.detach(), torch.cat(values), hidden.grad, head.grad))
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -70,13 +70,23 @@ def test_plan_keeps_every_sample_once_within_the_budget(
     assert sorted(s.id for members in plan for s in members) == sorted(s.id for s in samples)
     for members in plan:
         assert sum(map(len, members)) <= budget or len(members) == 1
-        assert len({s.teacher for s in members}) == 1
-    names = [members[0].teacher or "" for members in plan]
+    names = [sample.teacher or "" for members in plan for sample in members]
     assert names == sorted(names)
     assert plan == plan_micro_batches(samples[::-1], budget)
     # Best-fit leaves at most one micro-batch per teacher half empty.
     half_empty = [members for members in plan if sum(map(len, members)) * 2 <= budget]
     assert len(half_empty) <= len(set(names))
+
+
+def test_teachers_of_few_samples_share_micro_batches() -> None:
+    samples = [sample(f"s{i}", 10, teacher=f"teacher-{i % 50:02}") for i in range(100)]
+    plan = plan_micro_batches(samples, 100)
+    assert [len(members) for members in plan] == [10] * 10
+    batch = PackedBatch.collate(plan[0])
+    runs = list(batch.runs(lambda sample: sample.teacher))
+    assert [(name, len(mine)) for name, mine, _ in runs] == [(f"teacher-{i:02}", 2) for i in range(5)]
+    for _, mine, rows in runs:
+        assert batch.targets[rows].tolist() == PackedBatch.collate(mine).targets.tolist()
 
 
 def test_a_plan_of_many_samples_is_quick_and_tight_and_reads_no_arrays() -> None:

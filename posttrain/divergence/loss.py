@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,19 +71,91 @@ def divergence_sum(  # noqa: PLR0913 - two models, and what is computed of them
 
     Raises ``ValueError`` when shapes do not fit together or a setting is out of range.
     """
-    measure = Measure(
+    return divergence_sum_by_teacher(
+        student_hidden_ND,
+        student_head_VD,
+        [TeacherLogits(hidden_NE=teacher_hidden_NE, head_VE=teacher_head_VE, logit_cap=teacher_logit_cap)],
         divergence=divergence,
-        beta=float(beta),
-        temperature=float(temperature),
-        teacher_logit_cap=None if teacher_logit_cap is None else float(teacher_logit_cap),
+        beta=beta,
+        weights_N=weights_N,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
         vocabulary_group=vocabulary_group,
     )
-    inputs = _Inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, measure, chunk_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherLogits:
+    """What a teacher's logits are made of: ``hidden @ head.T``, soft-capped if there is a cap."""
+
+    hidden_NE: torch.Tensor
+    head_VE: torch.Tensor
+    logit_cap: float | None = None
+
+
+def divergence_sum_by_teacher(  # noqa: PLR0913 - as above
+    student_hidden_ND: torch.Tensor,
+    student_head_VD: torch.Tensor,
+    teachers: Iterable[TeacherLogits],
+    *,
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    weights_N: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    vocabulary_group: distributed.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``divergence_sum``, with one teacher after the other for the positions in turn.
+
+    ``teachers`` is read once and one at a time, so that it may bring each head when its positions come. The gradient of
+    the student's head is one sum over all of them.
+    """
+    measure = Measure(
+        divergence=divergence, beta=float(beta), temperature=float(temperature), vocabulary_group=vocabulary_group
+    )
+    parts = _parts(student_hidden_ND.detach(), student_head_VD.detach(), teachers, measure, chunk_tokens)
     weights_N = _checked_weights(weights_N, student_hidden_ND)
     loss, divergence_N = _DivergenceSum.apply(
-        student_hidden_ND, student_head_VD, inputs, weights_N, torch.is_grad_enabled()
+        student_hidden_ND, student_head_VD, parts, weights_N, torch.is_grad_enabled()
     )
     return loss, divergence_N
+
+
+def _parts(
+    student_hidden_ND: torch.Tensor,
+    student_head_VD: torch.Tensor,
+    teachers: Iterable[TeacherLogits],
+    measure: Measure,
+    chunk_tokens: int | None,
+) -> Iterator[tuple[slice, _Inputs]]:
+    """The positions of each teacher in turn, with what is computed of them."""
+    start = 0
+    for teacher in teachers:
+        rows = slice(start, start + len(teacher.hidden_NE))
+        of_teacher = replace(measure, teacher_logit_cap=None if teacher.logit_cap is None else float(teacher.logit_cap))
+        yield (
+            rows,
+            _Inputs(
+                student_hidden_ND[rows],
+                student_head_VD,
+                teacher.hidden_NE.detach(),
+                teacher.head_VE.detach(),
+                of_teacher,
+                chunk_tokens,
+            ),
+        )
+        start = rows.stop
+        # Whoever brings the heads may have room for one.
+        del teacher
+    if start != len(student_hidden_ND):
+        raise ValueError(_other_counts(len(student_hidden_ND), start, "positions in the hidden states"))
+
+
+def _other_counts(student: int, teacher: int, what: str) -> str:
+    return (
+        f"divergence: the student has {student} {what} and the teacher {teacher}; expected the same number, since "
+        "position and token id must mean the same on both sides"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +182,7 @@ class _Inputs:
         for index, what in ((0, "positions in the hidden states"), (1, "vocabulary entries in the head")):
             found = [self.side(side)[index].shape[0] for side in ("student", "teacher")]
             if found[0] != found[1]:
-                raise ValueError(
-                    f"divergence: the student has {found[0]} {what} and the teacher {found[1]}; expected the same "
-                    "number, since position and token id must mean the same on both sides"
-                )
+                raise ValueError(_other_counts(found[0], found[1], what))
 
     def tiles(self) -> tuple[Iterator[slice], TorchTiles | TritonTiles | CpuTiles | None]:
         """The positions of each tile, and what computes it (None without positions)."""
@@ -180,7 +249,7 @@ class _DivergenceSum(torch.autograd.Function):
         ctx: Any,
         student_hidden_ND: torch.Tensor,
         student_head_VD: torch.Tensor,
-        inputs: _Inputs,
+        parts: Iterator[tuple[slice, _Inputs]],
         weights_N: torch.Tensor,
         grad_enabled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +258,12 @@ class _DivergenceSum(torch.autograd.Function):
         # Under autocast the float32 products would silently become half precision.
         with torch.autocast(student_hidden_ND.device.type, enabled=False):
             divergence_N, gradients = _divergence_and_gradients(
-                inputs, weights_N, wants_hidden=wanted[0], wants_head=wanted[1]
+                student_hidden_ND.detach(),
+                student_head_VD.detach(),
+                parts,
+                weights_N,
+                wants_hidden=wanted[0],
+                wants_head=wanted[1],
             )
         ctx.save_for_backward(gradients.hidden_ND, gradients.head_VD)
         ctx.head_dtype = student_head_VD.dtype
@@ -209,31 +283,39 @@ class _DivergenceSum(torch.autograd.Function):
 
 
 def _divergence_and_gradients(
-    inputs: _Inputs, weights_N: torch.Tensor, *, wants_hidden: bool, wants_head: bool
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    parts: Iterable[tuple[slice, _Inputs]],
+    weights_N: torch.Tensor,
+    *,
+    wants_hidden: bool,
+    wants_head: bool,
 ) -> tuple[torch.Tensor, _Gradients]:
     """Divergence of each position, and the wanted gradients of its sum weighted by ``weights_N``."""
-    hidden_ND, head_VD = inputs.student_hidden_ND.detach(), inputs.student_head_VD.detach()
     divergence_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
     grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
     grad_head_VD = torch.empty_like(head_VD, dtype=torch.float32) if wants_head else None
     if grad_head_VD is not None and not len(hidden_ND):
         grad_head_VD.zero_()
     head_cast_VD = head_VD.to(hidden_ND.dtype) if wants_hidden else None
-    tile_rows, tiles = inputs.tiles()
-    for rows in tile_rows:
-        assert tiles is not None, "there are positions"
-        divergence_N[rows], grad_CV = tiles.divergence_and_logit_gradient(
-            hidden_ND[rows],
-            inputs.teacher_hidden_NE[rows].detach(),
-            weights_C=weights_N[rows].contiguous() if wants_hidden or wants_head else None,
-        )
-        if grad_CV is None:
-            continue
-        if grad_hidden_ND is not None and head_cast_VD is not None:
-            torch.mm(grad_CV, head_cast_VD, out=grad_hidden_ND[rows])
-            inputs.measure.total(grad_hidden_ND[rows])
-        if grad_head_VD is not None:
-            _add_head_gradient(grad_head_VD, grad_CV, hidden_ND[rows], add=rows.start > 0)
+    for of_teacher, inputs in parts:
+        tile_rows, tiles = inputs.tiles()
+        for of_tile in tile_rows:
+            assert tiles is not None, "there are positions"
+            rows = slice(of_teacher.start + of_tile.start, of_teacher.start + of_tile.stop)
+            divergence_N[rows], grad_CV = tiles.divergence_and_logit_gradient(
+                hidden_ND[rows],
+                inputs.teacher_hidden_NE[of_tile],
+                weights_C=weights_N[rows].contiguous() if wants_hidden or wants_head else None,
+            )
+            if grad_CV is None:
+                continue
+            if grad_hidden_ND is not None and head_cast_VD is not None:
+                torch.mm(grad_CV, head_cast_VD, out=grad_hidden_ND[rows])
+                inputs.measure.total(grad_hidden_ND[rows])
+            if grad_head_VD is not None:
+                _add_head_gradient(grad_head_VD, grad_CV, hidden_ND[rows], add=rows.start > 0)
+        del inputs, tiles
     return divergence_N, _Gradients(grad_hidden_ND, grad_head_VD)
 
 

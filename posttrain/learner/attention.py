@@ -133,15 +133,13 @@ def _runs(
     lengths: Sequence[int], query_HTD: torch.Tensor, key_KTD: torch.Tensor, value_KTD: torch.Tensor
 ) -> Iterator[Run]:
     """Views of shape [segments, heads, length, D] over neighbouring segments of equal length."""
-    start = 0
-    for length, group in groupby(lengths):
-        count = len(list(group))
-        stop = start + count * length
-        query, key, value = (
-            row[:, start:stop].unflatten(1, (count, length)).transpose(0, 1) for row in (query_HTD, key_KTD, value_KTD)
-        )
+    shapes = [(len(list(group)), length) for length, group in groupby(lengths)]
+    sizes = [count * length for count, length in shapes]
+    # Split, since the gradient of each slice by itself would be as large as the row.
+    parts = zip(*(row.split(sizes, dim=1) for row in (query_HTD, key_KTD, value_KTD)), strict=True)
+    for shape, run in zip(shapes, parts, strict=True):
+        query, key, value = (part.unflatten(1, shape).transpose(0, 1) for part in run)
         yield query, key, value
-        start = stop
 
 
 def _attend(run: Run, *, dropout: float, scaling: float | None) -> torch.Tensor:

@@ -6,15 +6,16 @@ Shape letters: ``N`` loss tokens of the micro-batch, ``S`` its samples, ``V`` vo
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from posttrain.config import Distill
-from posttrain.divergence import Divergence, divergence_sum
+from posttrain.divergence import Divergence, TeacherLogits, divergence_sum, divergence_sum_by_teacher
 from posttrain.errors import RecipeError
 from posttrain.learner.distill_losses import (
     bucket_divergence,
@@ -34,15 +35,6 @@ _NEGATIVE = -1e-3
 """Nats below which a divergence of whole distributions is no rounding: elsewhere such ones are clamped to 0."""
 _TILE_BYTES = 2**28
 """Of a float32 [tokens x vocabulary] tile of the losses that are not ``posttrain.divergence``'s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherInputs:
-    """What a teacher's logits at the loss positions are made of: ``hidden @ head.T``, soft-capped if there is a cap."""
-
-    hidden_NE: torch.Tensor
-    head_VE: torch.Tensor
-    logit_cap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +73,7 @@ class DistillObjective:
     states: StateStore
     """Teacher states by sample id: [L, E], one row per loss token, in order."""
     head_of: Callable[[str], torch.Tensor]
-    """A teacher's head [V, E] by name. Called once per micro-batch; micro-batches come ordered by teacher."""
+    """A teacher's head [V, E] by name. Called once per teacher of a micro-batch, in the order of names over all."""
     logit_cap_of: Callable[[str], float | None] = _no_cap
     """A teacher's soft-capping of final logits by name, None for none."""
     temperatures: Mapping[str, float] = field(default_factory=dict)
@@ -124,24 +116,27 @@ class DistillObjective:
         Raises ``ValueError`` for samples without teacher or with states of another length, and ``FloatingPointError``
         when the divergence is not finite.
         """
-        if batch.teacher is None:
+        if any(sample.teacher is None for sample in batch.samples):
             raise ValueError(f"samples {list(batch.sample_ids)[:3]} name no teacher; distillation needs Sample.teacher")
-        teacher = self._teacher(batch, student.hidden_ND.device)
         weights_N = self._weights(batch, totals, student.hidden_ND.device)
         if not torch.is_grad_enabled():
-            loss, kl_N = self._full_vocabulary(student, teacher, weights_N, "reverse_kl")
+            loss, kl_N = self._full_vocabulary(student, self._teachers(batch), weights_N, "reverse_kl")
             _require_finite(kl_N, batch)
             return loss, _kl_metrics(kl_N, batch)
         metrics: Metrics = {}
         drawn = self._drawn(student, batch) if self._asks_what_was_drawn else None
+        # Filled as the teachers are visited, so that each is visited once.
+        teacher_logprobs: list[torch.Tensor] = []
+        teachers = self._teachers(batch, teacher_logprobs)
         if drawn is not None and self.config.loss == "sampled_token":
-            loss, kl_N, metrics = self._sampled_token(drawn, teacher, batch, weights_N)
+            collections.deque(teachers, maxlen=0)
+            loss, kl_N, metrics = self._sampled_token(drawn, torch.cat(teacher_logprobs), weights_N)
         else:
             if drawn is not None and self.config.max_staleness > 0:
                 importance_N = drawn.prefix_importance(batch, self.config.importance_bounds)
                 weights_N = weights_N * importance_N
                 metrics["importance_weight"] = _mean(importance_N)
-            loss, kl_N = self._distributions(student, teacher, weights_N)
+            loss, kl_N = self._distributions(student, teachers, weights_N)
             metrics["clamped_share"] = _mean((kl_N < _NEGATIVE).float())
         _require_finite(kl_N, batch)
         metrics |= _kl_metrics(kl_N, batch) | {"nonfinite_share": _mean((~kl_N.isfinite()).float())}
@@ -152,7 +147,7 @@ class DistillObjective:
             loss = loss + self.config.beta * reference_loss
             metrics["kl_ref"] = _mean(reference_kl_N)
         if self.config.rescale_domains:
-            metrics |= self._log_ratio_moments(teacher, batch)
+            metrics |= _log_ratio_moments(torch.cat(teacher_logprobs), batch)
         return loss, metrics
 
     @property
@@ -171,38 +166,40 @@ class DistillObjective:
         return (weight_S / lengths_S)[batch.segment_ids] / totals.num_samples
 
     def _full_vocabulary(
-        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor, divergence: Divergence
+        self,
+        student: HeadInputs,
+        teachers: Iterable[TeacherLogits],
+        weights_N: torch.Tensor,
+        divergence: Divergence,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and divergence [N]."""
-        return divergence_sum(
+        return divergence_sum_by_teacher(
             student.hidden_ND,
             student.head_VD,
-            teacher.hidden_NE,
-            teacher.head_VE,
+            teachers,
             divergence=divergence,
             beta=self.config.jsd_beta,
             weights_N=weights_N,
             temperature=self.config.temperature,
             chunk_tokens=self.config.loss_chunk_tokens,
-            teacher_logit_cap=teacher.logit_cap,
         )
 
     def _distributions(
-        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor
+        self, student: HeadInputs, teachers: Iterable[TeacherLogits], weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and divergence [N] of whole distributions, or of the teacher's top k."""
         if self.config.loss == "teacher_top_k":
-            return self._teacher_top_k(student, teacher, weights_N)
-        return self._full_vocabulary(student, teacher, weights_N, self.config.divergence)
+            return self._teacher_top_k(student, teachers, weights_N)
+        return self._full_vocabulary(student, teachers, weights_N, self.config.divergence)
 
     def _sampled_token(
-        self, drawn: Drawn, teacher: TeacherInputs, batch: PackedBatch, weights_N: torch.Tensor
+        self, drawn: Drawn, teacher_logprobs_N: torch.Tensor, weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """Loss, one-sample estimate of the KL [N], and metrics, of the policy gradient on the tokens drawn.
 
         Where sampling was truncated both models are compared over the tokens it chose from.
         """
-        advantages_N = sampled_token_advantages(self._teacher_logprobs(teacher, batch), drawn.logprobs_N)
+        advantages_N = sampled_token_advantages(teacher_logprobs_N, drawn.logprobs_N)
         clip = self.config.advantage_clip
         clipped_N = advantages_N if clip is None else advantages_N.clamp(-clip, clip)
         loss_N, importance_N = drawn.policy_gradient(clipped_N, self.config.importance_bounds)
@@ -230,24 +227,25 @@ class DistillObjective:
             chunk_tokens=self.config.loss_chunk_tokens,
         )
 
-    def _log_ratio_moments(self, teacher: TeacherInputs, batch: PackedBatch) -> Metrics:
-        """Per domain, mean and mean square of log pi_T - log mu over the tokens drawn, for ``rescale_domains``."""
-        log_ratio_N = self._teacher_logprobs(teacher, batch) - batch.behaviour_logprobs
-        return _by_domain("log_ratio", log_ratio_N, batch) | _by_domain("log_ratio_sq", log_ratio_N**2, batch)
-
     def _teacher_top_k(
-        self, student: HeadInputs, teacher: TeacherInputs, weights_N: torch.Tensor
+        self, student: HeadInputs, teachers: Iterable[TeacherLogits], weights_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and divergence [N] over the teacher's k likeliest tokens and the bucket of all others."""
+        """Loss and divergence [N] over each teacher's k likeliest tokens and the bucket of all others."""
         temperature, chunk = self.config.temperature, self._chunk_tokens(student.head_VD)
-        ids_NK, teacher_NB = top_k_logprobs(
-            teacher.hidden_NE,
-            teacher.head_VE,
-            self.config.top_k,
-            temperature=temperature,
-            logit_cap=teacher.logit_cap,
-            chunk_tokens=chunk,
-        )
+        found = []
+        for teacher in teachers:
+            found.append(
+                top_k_logprobs(
+                    teacher.hidden_NE,
+                    teacher.head_VE,
+                    self.config.top_k,
+                    temperature=temperature,
+                    logit_cap=teacher.logit_cap,
+                    chunk_tokens=chunk,
+                )
+            )
+            del teacher
+        ids_NK, teacher_NB = (torch.cat(parts) for parts in zip(*found, strict=True))
         student_NB = bucket_logprobs(
             student.hidden_ND, student.head_VD, ids_NK, temperature=temperature, chunk_tokens=chunk
         )
@@ -255,43 +253,62 @@ class DistillObjective:
         return kl_N @ weights_N, kl_N.detach()
 
     def _drawn(self, student: HeadInputs, batch: PackedBatch) -> Drawn:
-        logprobs_N = self._token_logprobs(student.hidden_ND, student.head_VD, batch)
+        everything = slice(0, batch.num_loss_tokens)
+        logprobs_N = self._token_logprobs(student.hidden_ND, student.head_VD, batch, everything)
         return Drawn(logprobs_N, without_rounding(batch.behaviour_logprobs, logprobs_N))
 
-    @torch.no_grad()
-    def _teacher_logprobs(self, teacher: TeacherInputs, batch: PackedBatch) -> torch.Tensor:
-        return self._token_logprobs(teacher.hidden_NE, teacher.head_VE, batch, teacher.logit_cap)
-
     def _token_logprobs(
-        self, hidden_ND: torch.Tensor, head_VD: torch.Tensor, batch: PackedBatch, logit_cap: float | None = None
+        self,
+        hidden_ND: torch.Tensor,
+        head_VD: torch.Tensor,
+        batch: PackedBatch,
+        rows: slice,
+        logit_cap: float | None = None,
     ) -> torch.Tensor:
-        """Of the tokens drawn, among those that could be drawn and at the temperature they were drawn with."""
-        found = {self.temperatures.get(sample.domain, 1.0) for sample in batch.samples}
-        if len(found) > 1:
-            raise ValueError(
-                f"samples {list(batch.sample_ids)[:3]} of teacher {batch.teacher!r} were drawn at temperatures "
-                f"{sorted(found)}; expected one, since they share a micro-batch; give the domains teachers of their own"
+        """Of the tokens drawn at ``rows``, among those that could be drawn and at the temperature they were drawn with;
+        the hidden states are those of the rows."""
+        found = []
+        for temperature, _, run in batch.runs(lambda sample: self.temperatures.get(sample.domain, 1.0)):
+            mine = slice(max(run.start, rows.start), min(run.stop, rows.stop))
+            if mine.start >= mine.stop:
+                continue
+            kept_ids_K, kept_offsets_N1 = batch.kept(mine)
+            found.append(
+                token_logprobs(
+                    hidden_ND[mine.start - rows.start : mine.stop - rows.start],
+                    head_VD,
+                    batch.targets[mine],
+                    kept_ids_K=kept_ids_K,
+                    kept_offsets_N1=kept_offsets_N1,
+                    temperature=temperature,
+                    logit_cap=logit_cap,
+                    chunk_tokens=self._chunk_tokens(head_VD),
+                    want_entropy=False,
+                )[0]
             )
-        return token_logprobs(
-            hidden_ND,
-            head_VD,
-            batch.targets,
-            kept_ids_K=batch.kept_ids,
-            kept_offsets_N1=batch.kept_offsets,
-            temperature=found.pop(),
-            logit_cap=logit_cap,
-            chunk_tokens=self._chunk_tokens(head_VD),
-            want_entropy=False,
-        )[0]
+        return torch.cat(found)
 
     def _chunk_tokens(self, head_VD: torch.Tensor) -> int:
         return self.config.loss_chunk_tokens or max(64, _TILE_BYTES // (4 * len(head_VD)))
 
-    def _teacher(self, batch: PackedBatch, device: torch.device) -> TeacherInputs:
-        name = str(batch.teacher)
-        head_VE = self.head_of(name).to(device)
-        hidden_NE = torch.cat([self._teacher_states(sample) for sample in batch.samples]).to(device)
-        return TeacherInputs(hidden_NE=hidden_NE.to(head_VE.dtype), head_VE=head_VE, logit_cap=self.logit_cap_of(name))
+    def _teachers(self, batch: PackedBatch, logprobs: list[torch.Tensor] | None = None) -> Iterator[TeacherLogits]:
+        """The teachers of the loss tokens in turn, each brought when it is asked for.
+
+        ``logprobs`` gets what each says of the tokens drawn, where the loss or its metrics want to know.
+        """
+        device = batch.targets.device
+        wants_logprobs = self.config.loss == "sampled_token" or self.config.rescale_domains
+        for name, samples, rows in batch.runs(lambda sample: str(sample.teacher)):
+            head_VE = self.head_of(name).to(device)
+            hidden_NE = torch.cat([self._teacher_states(sample) for sample in samples]).to(device, head_VE.dtype)
+            teacher = TeacherLogits(hidden_NE=hidden_NE, head_VE=head_VE, logit_cap=self.logit_cap_of(name))
+            if logprobs is not None and wants_logprobs:
+                with torch.no_grad():
+                    logprobs.append(self._token_logprobs(hidden_NE, head_VE, batch, rows, teacher.logit_cap))
+            # The pool holds one head at a time, and so must whoever asks it.
+            del head_VE
+            yield teacher
+            del teacher
 
     def _teacher_states(self, sample: Sample) -> torch.Tensor:
         states_LE = self.states.get(sample.id)
@@ -336,11 +353,18 @@ def _require_finite(kl_N: torch.Tensor, batch: PackedBatch) -> None:
     bad_N = ~kl_N.isfinite()
     if not bad_N.any():
         return
-    samples = [batch.sample_ids[segment] for segment in batch.segment_ids[bad_N].unique().tolist()]
+    samples = [batch.samples[segment] for segment in batch.segment_ids[bad_N].unique().tolist()]
+    teachers = ", ".join(sorted({repr(sample.teacher) for sample in samples}))
     raise FloatingPointError(
-        f"the KL to teacher {batch.teacher!r} is not finite at {int(bad_N.sum())} of {len(kl_N)} loss tokens, in "
-        f"samples {samples}; look for non-finite states or weights of the teacher or the student"
+        f"the KL to teacher {teachers} is not finite at {int(bad_N.sum())} of {len(kl_N)} loss tokens, in samples "
+        f"{[sample.id for sample in samples]}; look for non-finite states or weights of the teacher or the student"
     )
+
+
+def _log_ratio_moments(teacher_logprobs_N: torch.Tensor, batch: PackedBatch) -> Metrics:
+    """Per domain, mean and mean square of log pi_T - log mu over the tokens drawn, for ``rescale_domains``."""
+    log_ratio_N = teacher_logprobs_N - batch.behaviour_logprobs
+    return _by_domain("log_ratio", log_ratio_N, batch) | _by_domain("log_ratio_sq", log_ratio_N**2, batch)
 
 
 def _kl_metrics(kl_N: torch.Tensor, batch: PackedBatch) -> Metrics:

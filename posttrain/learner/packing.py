@@ -1,19 +1,20 @@
-"""Samples to packed micro-batches: no padding, a token budget, teachers kept apart.
+"""Samples to packed micro-batches: no padding, a token budget, one teacher after the other.
 
 Planning reads only metadata (length, teacher, id); ``PackedBatch.collate`` loads the per-token arrays, one
-micro-batch at a time. Within a micro-batch samples lie longest first, so that equal lengths are neighbours and share
-one attention call.
+micro-batch at a time. Within a micro-batch a teacher's samples lie longest first, so that equal lengths are neighbours
+and share one attention call.
 
 Shape letters: ``T`` tokens of the row, ``S`` segments (samples), ``N`` loss tokens, ``K`` kept tokens of all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,15 @@ import torch
 
 from posttrain.types import IntArray, Sample, TokenArrays
 
+_Key = TypeVar("_Key")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """One micro-batch: samples concatenated into one row of T tokens."""
 
     samples: tuple[Sample, ...]
-    """The samples in row order, longest first; all have the same teacher."""
+    """The samples in row order; those of one teacher are neighbours."""
     token_ids: torch.Tensor
     """[T] int64."""
     position_ids: torch.Tensor
@@ -94,9 +97,21 @@ class PackedBatch:
     def sample_ids(self) -> tuple[str, ...]:
         return tuple(sample.id for sample in self.samples)
 
-    @property
-    def teacher(self) -> str | None:
-        return self.samples[0].teacher
+    def runs(self, key: Callable[[Sample], _Key]) -> Iterator[tuple[_Key, tuple[Sample, ...], slice]]:
+        """Neighbouring samples with the same key, and the places of their loss tokens among the N."""
+        start = 0
+        for each, members in itertools.groupby(self.samples, key):
+            run = tuple(members)
+            rows = slice(start, start + sum(sample.num_loss_tokens for sample in run))
+            yield each, run, rows
+            start = rows.stop
+
+    def kept(self, rows: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``kept_ids`` and ``kept_offsets`` of some loss tokens."""
+        if self.kept_ids is None or self.kept_offsets is None:
+            return None, None
+        offsets = self.kept_offsets[rows.start : rows.stop + 1]
+        return self.kept_ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0]
 
     @property
     def num_loss_tokens(self) -> int:
@@ -171,17 +186,14 @@ def plan_micro_batches(samples: Sequence[Sample], tokens_per_micro_batch: int) -
     """Distribute samples over as many micro-batches of at most ``tokens_per_micro_batch`` tokens as the work needs.
 
     Best-fit decreasing (at most 11/9 of the best possible number, plus a few), ties broken by id, so the plan depends
-    on the set of samples and not on their order. Micro-batches hold one teacher each and come ordered by teacher
-    name. A sample longer than the budget is a micro-batch of its own. Takes O(n log n) comparisons.
+    on the set of samples and not on their order. Teachers come one after the other by name, within a micro-batch and
+    over all of them; the last micro-batch of one has room for the next one's samples. A sample longer than the budget
+    is a micro-batch of its own. Takes O(n log n) comparisons.
     """
-    by_teacher: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_teacher.setdefault(sample.teacher or "", []).append(sample)
-    return [
-        micro_batch
-        for _, mine in sorted(by_teacher.items())
-        for micro_batch in _best_fit_decreasing(mine, tokens_per_micro_batch)
-    ]
+    plan: list[list[Sample]] = []
+    for _, mine in sorted(_by_teacher(samples).items()):
+        plan += _best_fit_decreasing(mine, tokens_per_micro_batch, begun=plan.pop() if plan else [])
+    return [tuple(members) for members in plan]
 
 
 def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sample]]:
@@ -192,12 +204,9 @@ def divide_over_ranks(samples: Sequence[Sample], num_ranks: int) -> list[list[Sa
     to the rank with most room. The shares depend on the set of samples, not on their order; with fewer samples than
     ranks some are empty.
     """
-    by_teacher: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_teacher.setdefault(sample.teacher or "", []).append(sample)
     shares: list[list[Sample]] = [[] for _ in range(num_ranks)]
     room = [sum(map(len, samples)) / num_ranks] * num_ranks
-    for _, mine in sorted(by_teacher.items()):
+    for _, mine in sorted(_by_teacher(samples).items()):
         quotas = _quotas(room, sum(map(len, mine)))
         for sample in sorted(mine, key=lambda sample: (-len(sample), sample.id)):
             rank = max(quotas, key=lambda rank: (quotas[rank], -rank))
@@ -216,9 +225,20 @@ def _quotas(room: Sequence[float], num_tokens: int) -> dict[int, float]:
     return quotas or {max(range(len(room)), key=room.__getitem__): num_tokens}
 
 
-def _best_fit_decreasing(samples: Sequence[Sample], budget: int) -> list[tuple[Sample, ...]]:
+def _by_teacher(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.teacher or "", []).append(sample)
+    return found
+
+
+def _best_fit_decreasing(samples: Sequence[Sample], budget: int, *, begun: list[Sample]) -> list[list[Sample]]:
+    """Bins of at most ``budget`` tokens, the first of which has what is ``begun`` in it already, if anything."""
     bins: list[list[Sample]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, index of the bin), sorted, those with room only
+    if begun:
+        bins.append(list(begun))
+        open_bins += [(room, 0)] if (room := budget - sum(map(len, begun))) > 0 else []
     for sample in sorted(samples, key=lambda sample: (-len(sample), sample.id)):
         size = len(sample)
         place = bisect_left(open_bins, (size, 0))
@@ -230,4 +250,4 @@ def _best_fit_decreasing(samples: Sequence[Sample], budget: int) -> list[tuple[S
         bins[index].append(sample)
         if room > size:
             insort(open_bins, (room - size, index))
-    return [tuple(members) for members in bins]
+    return bins
