@@ -602,8 +602,8 @@ class Domain(Value):
             )
         if self.sft is not None and all(effort.teacher is not None for effort in self.efforts.values()):
             raise RecipeError(
-                "domain: sft is set and every effort has a ready-made teacher: expected an effort with grpo that starts "
-                "from it; remove sft"
+                "domain: sft is set and every effort has a ready-made teacher: expected an effort with grpo that "
+                "starts from it; remove sft"
             )
         return self
 

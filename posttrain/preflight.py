@@ -30,6 +30,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
+        if domain.has_specialist_per_effort:
+            _check_modes(name, domain, tasks)
         for task in tasks:
             for mode in domain.modes_of(task):
                 form, length = replace(task, effort=mode), len(chat.at(mode).encode_prompt(task.prompt))
@@ -38,21 +40,12 @@ def check_recipe(recipe: Recipe) -> None:
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
-        if domain.has_specialist_per_effort:
-            _check_modes(name, domain, tasks)
         if isinstance(recipe.distill, Distill):
             _check_distill(name, domain, recipe.distill)
-    if isinstance(recipe.distill, Distill):
-        for step, mixture in recipe.distill.schedule.items():
-            for name, teacher in mixture.teachers.items():
-                _check_teacher(f"distill.schedule[{step}].teachers[{name!r}]", teacher, chat)
     for specialty in recipe.specialties().values():
-        _check_specialist(recipe, specialty)
-        if specialty.domain.teacher is not None:
-            _check_teacher(f"{specialty.place}.teacher", specialty.domain.teacher, chat)
-        if specialty.domain.grpo is not None:
-            _check_sampling(specialty.domain_name, specialty.domain, specialty.domain.grpo)
-            _check_grpo(f"{specialty.place}.grpo", specialty.domain.grpo, recipe)
+        _check_specialty(recipe, specialty, chat)
+    if isinstance(recipe.distill, Distill):
+        _check_schedule(recipe.distill, chat)
     if isinstance(recipe.distill, MixedRL):
         _check_mixture(recipe)
         _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
@@ -115,6 +108,21 @@ def _check_modes(name: str, domain: Domain, tasks: Sequence[Task]) -> None:
             f"domains.{name}.efforts has {idle[0]!r}, but the tasks name other efforts themselves: expected tasks that "
             "may be played in it; remove the mode, or leave Task.effort to the domain"
         )
+
+
+def _check_specialty(recipe: Recipe, specialty: Specialty, chat: ConversationFormat) -> None:
+    _check_specialist(recipe, specialty)
+    if specialty.domain.teacher is not None:
+        _check_teacher(f"{specialty.place}.teacher", specialty.domain.teacher, chat)
+    if specialty.domain.grpo is not None:
+        _check_sampling(specialty.domain_name, specialty.domain, specialty.domain.grpo)
+        _check_grpo(f"{specialty.place}.grpo", specialty.domain.grpo, recipe)
+
+
+def _check_schedule(config: Distill, chat: ConversationFormat) -> None:
+    for step, mixture in config.schedule.items():
+        for name, teacher in mixture.teachers.items():
+            _check_teacher(f"distill.schedule[{step}].teachers[{name!r}]", teacher, chat)
 
 
 def _check_specialist(recipe: Recipe, specialty: Specialty) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from posttrain.runs.durable import write_atomic
 from posttrain.runs.evaluation import MODELS, DomainEvaluation, summarise_efforts
 from posttrain.runs.rundir import RunDir
@@ -131,7 +133,7 @@ def draw_scores(evaluations: Sequence[DomainEvaluation], options: Bootstrap) -> 
 
 
 def draw_efforts(evaluations: Sequence[DomainEvaluation], options: Bootstrap) -> Figure:
-    """How long specialist and student think in each effort mode, and what they score: a column per domain with modes."""
+    """How long specialist and student think in each effort mode, and what they score; a column per domain."""
     from matplotlib.figure import Figure
 
     found = {evaluation.domain: summarise_efforts(evaluation, options) for evaluation in evaluations}
@@ -163,10 +165,7 @@ def _draw_by_effort(
     if not known:
         return
     places, values, intervals = zip(*known, strict=True)
-    whiskers = [
-        [v - ci[side] if side == 0 else ci[side] - v for v, ci in zip(values, intervals, strict=True)]
-        for side in (0, 1)
-    ]
+    whiskers = np.abs(np.transpose(intervals) - np.array(values))
     axes.errorbar(
         places,
         values,

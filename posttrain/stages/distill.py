@@ -1,8 +1,8 @@
 """Merge: multi-teacher on-policy distillation into one student.
 
-Each step samples rollouts of the student over all domains and their effort modes, lets each teacher read the samples
-of its domain, or of its mode of it, and moves the student along the exact gradient of KL(student || teacher). What else ``Distill`` offers is off unless
-asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
+Each step samples rollouts of the student over all domains and their effort modes, lets each teacher read the samples of
+its domain, or of its mode of one, and moves the student along the exact gradient of KL(student || teacher). What else
+``Distill`` offers is off unless asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Off-policy distillation: the specialists play the rollouts that the student learns from.
 
-Each specialist is loaded into the rollout workers in turn and plays the tasks that are distilled from it, of all steps up to the next
-checkpoint, so that weights are sent once a specialist and checkpoint, not once a step.
+Each specialist is loaded into the rollout workers in turn and plays what is distilled from it, of all steps up to the
+next checkpoint, so that weights are sent once a specialist and checkpoint, not once a step.
 """
 
 from __future__ import annotations
