@@ -8,7 +8,7 @@ from posttrain.config import GRPO, SFT, Distill, Domain, Effort, Evaluation, Mod
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.rollout.environments import SingleTurn
 from posttrain.types import Sampling
-from recipes.tasks.reasoned import ReasonedSums, ReasonedTasks, ReasonedWalks
+from recipes.tasks.reasoned import ReasonedSums, dial, sums
 from rewards.length import OverlongPenalty
 from rewards.math import MathReward
 from teachers.library import SwapOnDemand
@@ -36,7 +36,7 @@ def grpo(steps: int = 20) -> GRPO:
     return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
 
 
-def domain(tasks: ReasonedTasks) -> Domain:
+def domain(tasks: ReasonedSums) -> Domain:
     return Domain(
         tasks=tasks,
         reward=MathReward(),
@@ -55,7 +55,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="efforts",
         model=Model(path="package:recipes/tiny", dtype="float32", chat="v4"),
-        domains={"math": domain(ReasonedSums()), "walk": domain(ReasonedWalks())},
+        domains={"sum": domain(sums()), "dial": domain(dial())},
         distill=Distill(
             teachers=SwapOnDemand(),
             max_steps=100,

@@ -99,15 +99,15 @@ class ModelScores:
         return cls(
             model=data["model"],
             domain=data["domain"],
-            effort=data["effort"],
+            effort=data.get("effort"),
             task_ids=tuple(data["task_ids"]),
             greedy=matrix(data["greedy"]),
             sampled=matrix(data["sampled"]),
             efforts={
                 name: EffortScores(**{part: matrix(rows) for part, rows in parts.items()})
-                for name, parts in data["efforts"].items()
+                for name, parts in data.get("efforts", {}).items()
             },
-            unscored=data["unscored"],
+            unscored=data.get("unscored", {}),
         )
 
     @classmethod
