@@ -8,7 +8,7 @@ from posttrain.config import GRPO, SFT, Distill, Domain, Effort, Evaluation, Mod
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.rollout.environments import SingleTurn
 from posttrain.types import Sampling
-from recipes.tasks.reasoned import ReasonedSums, dial, sums
+from recipes.tasks.reasoned import ReasonedSums, bills, dials
 from rewards.length import OverlongPenalty
 from rewards.math import MathReward
 from teachers.library import SwapOnDemand
@@ -18,15 +18,15 @@ def efforts() -> dict[str, Effort]:
     return {
         NON_THINK: Effort(sampling=Sampling(max_tokens=8), max_sequence_tokens=128, grpo=grpo()),
         HIGH: Effort(
-            sampling=Sampling(max_tokens=64),
+            sampling=Sampling(max_tokens=80),
             max_sequence_tokens=192,
-            length_penalty=OverlongPenalty(max_tokens=64, cache_tokens=24),
+            length_penalty=OverlongPenalty(max_tokens=80, cache_tokens=16),
             grpo=grpo(),
         ),
         MAX: Effort(
-            sampling=Sampling(max_tokens=160),
+            sampling=Sampling(max_tokens=192),
             max_sequence_tokens=512,
-            length_penalty=OverlongPenalty(max_tokens=160, cache_tokens=40),
+            length_penalty=OverlongPenalty(max_tokens=192, cache_tokens=24),
             grpo=grpo(),
         ),
     }
@@ -42,10 +42,10 @@ def domain(tasks: ReasonedSums) -> Domain:
         reward=MathReward(),
         environment=SingleTurn(),
         sft=SFT(
-            num_demonstrations=3000,
-            max_steps=250,
+            num_demonstrations=6000,
+            max_steps=500,
             batch_size=12,
-            optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20),
+            optim=Optim(learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=20),
         ),
         efforts=efforts(),
     )
@@ -55,7 +55,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="efforts",
         model=Model(path="package:recipes/tiny", dtype="float32", chat="v4"),
-        domains={"sum": domain(sums()), "dial": domain(dial())},
+        domains={"bill": domain(bills()), "dial": domain(dials())},
         distill=Distill(
             teachers=SwapOnDemand(),
             max_steps=100,

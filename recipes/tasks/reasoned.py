@@ -1,14 +1,14 @@
-"""Sums with the thoughts that lead to the answer: none, the steps, or the steps with a check.
+"""Problems whose demonstrations think as long as an effort mode says.
 
-A demonstration is written in one effort mode, the modes in turn, with the reasoning of that mode: ``non-think`` has
-none, ``high`` takes the steps one by one, ``max`` does each sum the other way round, too, and once more where the two
-differ.
+A demonstration is written in one mode, the modes in turn. ``non-think`` answers at once, ``high`` goes through the
+numbers with a running total, ``max`` goes through them backwards as well and, where the two totals differ, once more.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,81 +18,92 @@ from posttrain.protocols import Demonstration
 from posttrain.types import Task
 from recipes.tasks.splits import DrawnTasks, SolvedTask, problem_id, training
 
+AGAIN = "again"
+"""Between two goes through the numbers."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class ReasonedSums(DrawnTasks):
-    """Sums of digits, or where a dial comes to rest that is turned by them, for ``rewards.math.MathReward``.
+    """Sums of small numbers, plain or round a dial, for ``rewards.math.MathReward``.
 
-    Demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``; ``info`` holds the ``numbers``.
+    ``info`` holds ``numbers``; demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``.
     """
 
     domain: str
     request: str
-    """The question, with ``{numbers}`` where they are to stand."""
+    """What the numbers are asked for with."""
     modulus: int | None = None
-    """Places of the dial; None for a plain sum."""
+    """Places of the dial; None for plain sums."""
     num_numbers: int = 4
-    efforts: tuple[str, ...] = MODES
-    """The modes that demonstrations are written in, in turn."""
-    slips: float = 0.1
-    """Share of the sums in ``max`` demonstrations that are wrong at first, until the check finds it."""
+    largest: int = 5
+    modes: tuple[str, ...] = MODES
+    """The effort modes that demonstrations are written in."""
+    slips: float = 0.2
+    """Share of ``max`` demonstrations with a mistake in the first go, which the second shows."""
 
     def __post_init__(self) -> None:
-        if not self.efforts or {*self.efforts} - {*MODES}:
+        if not self.modes or {*self.modes} - {*MODES}:
             raise RecipeError(
-                f"ReasonedSums.efforts = {self.efforts}: expected some of {', '.join(MODES)}, for which there are ways "
-                "to reason; change it"
+                f"ReasonedSums.modes = {self.modes}: expected some of {', '.join(MODES)}, for which there are ways to "
+                "reason; change it"
             )
 
     def draw(self, rng: random.Random) -> SolvedTask:
-        numbers = [rng.randrange(10) for _ in range(self.num_numbers)]
-        text = self.request.format(numbers=" ".join(map(str, numbers)))
+        numbers = [rng.randint(1, self.largest) for _ in range(self.num_numbers)]
+        question = "\n".join([self.request, *(f"{name}{number}" for name, number in _named(numbers))])
         task = Task(
-            id=problem_id(self.domain, text),
+            id=problem_id(self.domain, question),
             domain=self.domain,
-            prompt=({"role": "user", "content": text},),
-            answer=str(self._carried(sum(numbers))),
+            prompt=({"role": "user", "content": question},),
+            answer=str(self._turned(sum(numbers))),
             info={"numbers": numbers},
         )
         return SolvedTask(task=task, solution=({"role": "assistant", "content": str(task.answer)},))
 
     def demonstrations(self, *, count: int, seed: int) -> list[Demonstration]:
-        rng, modes = random.Random(seed), itertools.cycle(self.efforts)
+        rng, modes = random.Random(seed), itertools.cycle(self.modes)
         solved = itertools.islice(training(self.draw, seed=seed), count)
         return [self._demonstration(each, next(modes), rng) for each in solved]
 
     def _demonstration(self, solved: SolvedTask, effort: str, rng: random.Random) -> Demonstration:
         (asked,), (said,) = solved.task.prompt, solved.solution
         if thinks(effort):
-            slips = rng if effort == MAX else None
-            said = {**said, "reasoning": "\n".join(self._thoughts(solved.task.info["numbers"], slips))}
+            goes = self._goes(_named(solved.task.info["numbers"]), rng if effort == MAX else None)
+            said = {**said, "reasoning": f"\n{AGAIN}\n".join(goes)}
         return ({**asked, "effort": effort}, said)
 
-    def _thoughts(self, numbers: Sequence[int], slips: random.Random | None) -> list[str]:
-        """What is left to add and the sum of the first two of it, in turn, and the answer; with checks where there are
-        ``slips`` to be found."""
-        lines, left = [], list(numbers)
-        while len(left) > 1:
-            first, second, *rest = left
-            lines += [" ".join(map(str, left)), f"{first} + {second} = {first + second}"]
-            if slips is not None:
-                lines.append(f"{second} + {first} = {first + second}")
-                if slips.random() < self.slips:
-                    lines[-2:] = [
-                        f"{first} + {second} = {first + second + slips.choice((-1, 1))}",
-                        lines[-1],
-                        lines[-2],
-                    ]
-            left = [self._carried(first + second), *rest]
-        return [*lines, str(left[0])]
+    def _goes(self, named: Sequence[tuple[str, int]], slips: random.Random | None) -> list[str]:
+        right = self._go_through(named)
+        if slips is None:
+            return [right]
+        backwards = self._go_through(named[::-1])
+        if slips.random() >= self.slips:
+            return [right, backwards]
+        slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
+        return [self._go_through(named, slip=slip), backwards, right]
 
-    def _carried(self, total: int) -> int:
+    def _go_through(self, named: Sequence[tuple[str, int]], *, slip: tuple[int, int] | None = None) -> str:
+        """A line for each number with the total so far; a slip is where it goes wrong and by how much."""
+        lines, total = [], 0
+        for index, (name, number) in enumerate(named):
+            wrong_by = slip[1] if slip is not None and index == slip[0] else 0
+            before, total = total, self._turned(total + number + wrong_by)
+            lines.append(f"{name}{number}: {before} + {number} = {total}")
+        return "\n".join(lines)
+
+    def _turned(self, total: int) -> int:
         return total if self.modulus is None else total % self.modulus
 
 
-def sums() -> ReasonedSums:
-    return ReasonedSums(domain="sum", request="Add up {numbers}.")
+def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
+    """With a letter each. The digit that follows it is a token of its own, so that a small model finds its way back to
+    the number by the letter alone."""
+    return list(zip(string.ascii_lowercase, numbers, strict=False))
 
 
-def dial() -> ReasonedSums:
-    return ReasonedSums(domain="dial", request="Turn a dial of ten by {numbers}.", modulus=10)
+def bills() -> ReasonedSums:
+    return ReasonedSums(domain="bill", request="Add up:")
+
+
+def dials() -> ReasonedSums:
+    return ReasonedSums(domain="dial", request="Turn a dial of ten:", modulus=10)
