@@ -136,6 +136,10 @@ def _eval(arguments: argparse.Namespace) -> int:
             f"{entry['domain']:<12} n={entry['n']:<5} sampled {entry['sampled']:.3f} [{low:.3f}, {high:.3f}]  "
             f"greedy {number(entry['greedy'])}  unscored {entry['unscored']}"
         )
+        for effort, measured in entry["efforts"].items():
+            print(
+                f"  {effort:<10} sampled {number(measured['score'])}  {measured['thinking_tokens']:.1f} thinking tokens"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -6,7 +6,9 @@ GRPO's fields carry the names of TRL's ``GRPOConfig``, so that settings move ove
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
@@ -24,6 +26,7 @@ from posttrain.protocols import (
     Teacher,
     TeacherLibrary,
 )
+from posttrain.tasks import TasksInMode
 from posttrain.types import Sampling, Task
 
 Positive = Annotated[int, Field(ge=1)]
@@ -235,6 +238,7 @@ class Mixture(Value):
     """Relative shares of the rollouts; 0 leaves a domain out."""
     # Not checked here, as in ``Domain``.
     teachers: Mapping[str, SkipValidation[Teacher]] = {}
+    """By DOMAIN, or by DOMAIN.EFFORT where effort modes have teachers of their own."""
 
 
 class Distill(Value):
@@ -394,9 +398,9 @@ class Evaluation(Value):
     num_tasks: Positive = 200
     """Held-out tasks per domain."""
     num_samples: Positive = 4
-    """Sampled rollouts per task."""
+    """Sampled rollouts per task, in each effort mode of its domain."""
     greedy: bool = True
-    """Whether each task is played once with greedy decoding, too."""
+    """Whether each task is played once with greedy decoding, too, in each of these modes."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     bootstrap_resamples: Positive = 2000
 
@@ -478,9 +482,29 @@ class Effort(Value):
     max_sequence_tokens: Positive | None = None
     """Context window of the mode, prompt and all turns."""
     length_penalty: Reward | None = None
-    """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``."""
+    """Added to the domain's reward in this mode, such as ``rewards.length.OverlongPenalty``; in training only."""
     share: float = Field(default=1.0, gt=0)
-    """Relative share of this mode where a task has fewer rollouts than there are modes, as in the merge."""
+    """Relative share of this mode in the merge, and where a task has fewer rollouts than there are modes."""
+    grpo: GRPO | None = None
+    """Trains a specialist of this mode alone, from the domain's SFT. Either all modes of a domain have a specialist
+    each, by this or by ``teacher``, or one is trained in all of them by the domain's ``grpo``."""
+    # Not checked here, as in ``Domain``.
+    teacher: SkipValidation[Teacher | None] = None
+    """A ready-made specialist of this mode."""
+
+    @property
+    def has_specialist(self) -> bool:
+        """Whether the mode has a specialist of its own."""
+        return self.grpo is not None or self.teacher is not None
+
+    @model_validator(mode="after")
+    def _one_source_of_skill(self) -> Self:
+        if self.grpo is not None and self.teacher is not None:
+            raise RecipeError(
+                "effort: grpo and teacher are both set; expected either the training of this mode's specialist or a "
+                "ready-made one; remove one of the two"
+            )
+        return self
 
 
 class Domain(Value):
@@ -528,6 +552,12 @@ class Domain(Value):
         """The effort modes a task is played in: its own, or those of the domain."""
         return (task.effort,) if task.effort is not None or not self.efforts else tuple(self.efforts)
 
+    def draw_mode(self, task: Task, rng: random.Random) -> str | None:
+        """One of these modes, by their shares."""
+        modes = self.modes_of(task)
+        weights = [self.efforts[mode].share if mode in self.efforts else 1.0 for mode in modes if mode is not None]
+        return rng.choices(modes, weights)[0] if len(modes) > 1 else modes[0]
+
     def sampling_at(self, effort: str | None) -> Sampling:
         """How tokens are drawn in an effort mode."""
         mode = self.efforts.get(effort or "")
@@ -537,6 +567,45 @@ class Domain(Value):
         """The window of an episode in an effort mode."""
         mode = self.efforts.get(effort or "")
         return self.max_sequence_tokens if mode is None else mode.max_sequence_tokens or self.max_sequence_tokens
+
+    @property
+    def has_specialist_per_effort(self) -> bool:
+        """Whether each effort mode has a specialist of its own, rather than the domain one for all of them."""
+        return any(effort.has_specialist for effort in self.efforts.values())
+
+    def in_mode(self, effort: str) -> Domain:
+        """The domain as the specialist of one effort mode has it: only that mode, with its GRPO or its teacher."""
+        mode = self.efforts[effort]
+        return self.replace(
+            tasks=TasksInMode(tasks=self.tasks, effort=effort),
+            efforts={effort: mode.replace(grpo=None, teacher=None)},
+            sft=None if mode.teacher is not None else self.sft,
+            grpo=mode.grpo,
+            teacher=mode.teacher,
+        )
+
+    @model_validator(mode="after")
+    def _specialists_share_no_mode(self) -> Self:
+        if not self.has_specialist_per_effort:
+            return self
+        without = [name for name, effort in self.efforts.items() if not effort.has_specialist]
+        if without:
+            raise RecipeError(
+                f"domain: efforts[{without[0]!r}] has neither grpo nor teacher, while other modes have: expected a "
+                "specialist for each mode, or one for all by the domain's own grpo; set one of the two or remove the "
+                "others"
+            )
+        if self.grpo is not None or self.teacher is not None:
+            raise RecipeError(
+                f"domain: {'grpo' if self.grpo is not None else 'teacher'} is set and so are specialists of its "
+                f"efforts {sorted(self.efforts)}: expected one for all modes or one for each; remove one of the two"
+            )
+        if self.sft is not None and all(effort.teacher is not None for effort in self.efforts.values()):
+            raise RecipeError(
+                "domain: sft is set and every effort has a ready-made teacher: expected an effort with grpo that "
+                "starts from it; remove sft"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_skill(self) -> Self:
@@ -552,6 +621,25 @@ class Domain(Value):
         if self.judge_training is not None and self.grpo is None:
             raise RecipeError("domain: judge_training is set without grpo, whose steps it joins; set grpo or remove it")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Specialty:
+    """What one specialist is for: a domain, or one effort mode of it."""
+
+    domain_name: str
+    effort: str | None
+    """None: all modes of the domain."""
+    domain: Domain
+    """The domain as this specialist has it."""
+    share: float
+    """Of the domain, between 0 and 1."""
+
+    @property
+    def place(self) -> str:
+        """Where the recipe has its settings."""
+        place = f"domains.{self.domain_name}"
+        return place if self.effort is None else f"{place}.efforts.{self.effort}"
 
 
 class Recipe(Value):
@@ -576,10 +664,16 @@ class Recipe(Value):
             return self
         shares = {name: domain.share for name, domain in self.domains.items()}
         for step, mixture in sorted(self.distill.schedule.items()):
-            strangers = ({*mixture.weights} | {*mixture.shares} | {*mixture.teachers}) - {*self.domains}
+            strangers = ({*mixture.weights} | {*mixture.shares}) - {*self.domains}
             if strangers:
                 raise RecipeError(
                     f"distill.schedule[{step}] names {min(strangers)!r}; expected domains: {sorted(self.domains)}"
+                )
+            strangers = {*mixture.teachers} - {*self.specialties()}
+            if strangers:
+                raise RecipeError(
+                    f"distill.schedule[{step}].teachers names {min(strangers)!r}; expected names of specialists: "
+                    f"{sorted(self.specialties())}"
                 )
             shares |= mixture.shares
             if not any(shares.values()):
@@ -591,7 +685,44 @@ class Recipe(Value):
             )
         return self
 
+    @model_validator(mode="after")
+    def _specialists_have_names(self) -> Self:
+        for name, domain in self.domains.items():
+            for effort in domain.efforts if domain.has_specialist_per_effort else ():
+                if specialist_name(name, effort) in self.domains:
+                    raise RecipeError(
+                        f"domains.{specialist_name(name, effort)} has the name of the specialist of domains.{name} at "
+                        f"effort {effort!r}; expected names that tell them apart; rename the domain"
+                    )
+        return self
+
+    def specialties(self) -> dict[str, Specialty]:
+        """By the specialist's name, which its stages and its teacher have too: DOMAIN, or DOMAIN.EFFORT where each
+        effort mode of the domain has its own."""
+        found = {}
+        for name, domain in self.domains.items():
+            if not domain.has_specialist_per_effort:
+                found[name] = Specialty(domain_name=name, effort=None, domain=domain, share=1.0)
+                continue
+            whole = sum(mode.share for mode in domain.efforts.values())
+            for effort, mode in domain.efforts.items():
+                found[specialist_name(name, effort)] = Specialty(
+                    domain_name=name, effort=effort, domain=domain.in_mode(effort), share=mode.share / whole
+                )
+        return found
+
+    def specialist_of(self, task: Task) -> str:
+        """Name of the specialist of a task's domain and effort mode."""
+        per_effort = self.domains[task.domain].has_specialist_per_effort
+        return specialist_name(task.domain, task.effort) if per_effort else task.domain
+
     def grpo_settings(self) -> list[GRPO]:
         """Of all stages that train with it."""
-        found = [domain.grpo for domain in self.domains.values() if domain.grpo is not None]
+        trained = [specialty.domain.grpo for specialty in self.specialties().values()]
+        found = [grpo for grpo in trained if grpo is not None]
         return [*found, self.distill.grpo] if isinstance(self.distill, MixedRL) else found
+
+
+def specialist_name(domain: str, effort: str | None) -> str:
+    """Of the specialist of one effort mode."""
+    return f"{domain}.{effort}"

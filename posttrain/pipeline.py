@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from posttrain.config import Distill, Evaluation, MixedRL, Recipe
 from posttrain.errors import RecipeError
 from posttrain.preflight import check_disk, check_recipe, disk_needed
 from posttrain.protocols import Playable
 from posttrain.runs.costs import summarise_costs
 from posttrain.runs.durable import read_json
-from posttrain.runs.evaluation import DomainEvaluation, load_evaluations
+from posttrain.runs.evaluation import DomainEvaluation, load_evaluations, summarise_efforts
 from posttrain.runs.metrics import MetricsLog, read_metrics
 from posttrain.runs.progress import Progress
 from posttrain.runs.report import write_report
@@ -37,21 +35,24 @@ class Stage:
     """One step of the plan: ``kind`` is sft, grpo, distill or evaluate."""
 
     kind: str
-    domain: str | None = None
+    subject: str | None = None
+    """The domain of an SFT, the specialist of a GRPO."""
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.domain}" if self.domain else self.kind
+        return f"{self.kind}-{self.subject}" if self.subject else self.kind
 
 
 def plan(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe: each specialist's, then the merge, then the proof."""
     stages = []
-    for name, domain in recipe.domains.items():
-        if domain.sft is not None:
-            stages.append(Stage(kind="sft", domain=name))
-        if domain.grpo is not None:
-            stages.append(Stage(kind="grpo", domain=name))
+    for name, specialty in recipe.specialties().items():
+        # Where effort modes have specialists of their own, these start from one SFT.
+        sft = Stage(kind="sft", subject=specialty.domain_name)
+        if specialty.domain.sft is not None and sft not in stages:
+            stages.append(sft)
+        if specialty.domain.grpo is not None:
+            stages.append(Stage(kind="grpo", subject=name))
     if recipe.distill is not None:
         stages.append(Stage(kind="distill"))
     return [*stages, Stage(kind="evaluate")]
@@ -126,15 +127,16 @@ def _name_full_disk(error: Exception, directory: StageDir) -> None:
 
 
 def _train_or_measure(session: Session, stage: Stage, directory: StageDir) -> None:
-    if stage.kind == "sft" and stage.domain:
+    if stage.kind == "sft" and stage.subject:
         from posttrain.stages.sft import run_sft_stage
 
-        run_sft_stage(session, directory, stage.domain)
-    elif stage.kind == "grpo" and stage.domain:
+        run_sft_stage(session, directory, stage.subject)
+    elif stage.kind == "grpo" and stage.subject:
         from posttrain.stages.grpo import Training, run_grpo_stage
 
-        start = finals(session, "sft").get(stage.domain, session.base_path)
-        run_grpo_stage(session, directory, Training.specialist(session.recipe, stage.domain), start)
+        domain = session.recipe.specialties()[stage.subject].domain_name
+        start = finals(session, "sft").get(domain, session.base_path)
+        run_grpo_stage(session, directory, Training.specialist(session.recipe, stage.subject), start)
     elif stage.kind == "distill":
         _make_student(session, directory)
     else:
@@ -142,9 +144,12 @@ def _train_or_measure(session: Session, stage: Stage, directory: StageDir) -> No
 
         distilled = session.run.stage("distill")
         student = str(distilled.final) if distilled.done is not None else None
-        for name, domain in session.recipe.domains.items():
-            if domain.teacher is not None and not isinstance(domain.teacher, Playable):
-                session.warn(f"domains.{name}: its teacher is no checkpoint that could be measured beside the student.")
+        for specialty in session.recipe.specialties().values():
+            teacher = specialty.domain.teacher
+            if teacher is not None and not isinstance(teacher, Playable):
+                session.warn(
+                    f"{specialty.place}: its teacher is no checkpoint that could be measured beside the student."
+                )
         entrants = contestants(session, finals(session, "sft"), specialists(session), student)
         run_evaluate_stage(session, directory, list(entrants))
 
@@ -169,17 +174,19 @@ def _make_student(session: Session, directory: StageDir) -> None:
 
 
 def ready_made(recipe: Recipe) -> dict[str, str]:
-    """Domain -> checkpoint of every teacher that the recipe names and that is a checkpoint by itself."""
+    """Specialist -> checkpoint of every teacher that the recipe names and that is a checkpoint by itself."""
     found: dict[str, str] = {}
-    for name, domain in recipe.domains.items():
-        if isinstance(domain.teacher, Playable):
-            found[name] = domain.teacher.checkpoint
+    for name, specialty in recipe.specialties().items():
+        if isinstance(specialty.domain.teacher, Playable):
+            found[name] = specialty.domain.teacher.checkpoint
     return found
 
 
 def specialists(session: Session) -> dict[str, str]:
-    """Domain -> checkpoint of the most trained model of that domain, or of the ready-made one."""
-    return {**ready_made(session.recipe), **finals(session, "sft"), **finals(session, "grpo")}
+    """Checkpoint of each specialist, by its name: the most trained model of that domain, or mode, or the ready-made
+    one."""
+    found = {**ready_made(session.recipe), **finals(session, "sft"), **finals(session, "grpo")}
+    return {name: found[name] for name in session.recipe.specialties() if name in found}
 
 
 def evaluate_checkpoint(recipe: Recipe, model: str, path: Path | None) -> list[dict[str, Any]]:
@@ -219,5 +226,6 @@ def _standing(evaluation: DomainEvaluation, options: Bootstrap) -> dict[str, Any
         "sampled": sampled.value,
         "sampled_ci": [sampled.low, sampled.high],
         "greedy": bootstrap_mean(scores.greedy, options).value if scores.greedy.size else None,
-        "unscored": int(np.isnan(scores.sampled).sum() + np.isnan(scores.greedy).sum()),
+        "unscored": sum(scores.unscored.values()),
+        "efforts": {effort: models["student"] for effort, models in summarise_efforts(evaluation, options).items()},
     }

@@ -6,10 +6,11 @@ import importlib.util
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe
+from posttrain.config import GRPO, Distill, Domain, MixedRL, Recipe, Specialty
 from posttrain.errors import RecipeError, SandboxUnavailable
 from posttrain.protocols import ConversationFormat, Playable, Reward, Teacher, asks_policy
 from posttrain.types import Task
@@ -29,6 +30,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_workers(recipe, has_experts=has_experts(base))
     for name, domain in recipe.domains.items():
         tasks = _check_tasks(name, domain, count=recipe.evaluation.num_tasks)
+        if domain.has_specialist_per_effort:
+            _check_modes(name, domain, tasks)
         for task in tasks:
             for mode in domain.modes_of(task):
                 form, length = replace(task, effort=mode), len(chat.at(mode).encode_prompt(task.prompt))
@@ -37,13 +40,12 @@ def check_recipe(recipe: Recipe) -> None:
             _check_window(name, domain, form, window=window, prompt_tokens=len(chat.encode_prompt(form.prompt)))
         _check_sandbox(recipe, name, domain, tasks)
         _check_training(name, domain, chat, seed=recipe.seed)
-        _check_specialist(recipe, name, domain)
         if isinstance(recipe.distill, Distill):
-            _check_distill(name, domain, recipe.distill, chat)
-        if domain.teacher is not None:
-            _check_teacher(name, domain.teacher, chat)
-        if domain.grpo is not None:
-            _check_grpo(f"domains.{name}.grpo", domain.grpo, recipe)
+            _check_distill(name, domain, recipe.distill)
+    for specialty in recipe.specialties().values():
+        _check_specialty(recipe, specialty, chat)
+    if isinstance(recipe.distill, Distill):
+        _check_schedule(recipe.distill, chat)
     if isinstance(recipe.distill, MixedRL):
         _check_mixture(recipe)
         _check_grpo("distill.grpo", recipe.distill.grpo, recipe)
@@ -91,20 +93,50 @@ def _check_vllm(recipe: Recipe, *, has_experts: bool) -> None:
         )
 
 
-def _check_specialist(recipe: Recipe, name: str, domain: Domain) -> None:
+def _check_modes(name: str, domain: Domain, tasks: Sequence[Task]) -> None:
+    """Where each effort mode has its specialist, every task is of one of the modes, and each mode has tasks."""
+    played = {mode for task in tasks for mode in domain.modes_of(task)}
+    strangers = sorted(str(mode) for mode in played - {*domain.efforts})
+    if strangers:
+        raise RecipeError(
+            f"domains.{name}.tasks has tasks of effort {strangers[0]!r}, which has no specialist: expected those of "
+            f"domains.{name}.efforts, {sorted(domain.efforts)}; add it to efforts or drop the tasks"
+        )
+    idle = sorted({*domain.efforts} - played)
+    if idle:
+        raise RecipeError(
+            f"domains.{name}.efforts has {idle[0]!r}, but the tasks name other efforts themselves: expected tasks that "
+            "may be played in it; remove the mode, or leave Task.effort to the domain"
+        )
+
+
+def _check_specialty(recipe: Recipe, specialty: Specialty, chat: ConversationFormat) -> None:
+    _check_specialist(recipe, specialty)
+    if specialty.domain.teacher is not None:
+        _check_teacher(f"{specialty.place}.teacher", specialty.domain.teacher, chat)
+    if specialty.domain.grpo is not None:
+        _check_sampling(specialty.domain_name, specialty.domain, specialty.domain.grpo)
+        _check_grpo(f"{specialty.place}.grpo", specialty.domain.grpo, recipe)
+
+
+def _check_schedule(config: Distill, chat: ConversationFormat) -> None:
+    for step, mixture in config.schedule.items():
+        for name, teacher in mixture.teachers.items():
+            _check_teacher(f"distill.schedule[{step}].teachers[{name!r}]", teacher, chat)
+
+
+def _check_specialist(recipe: Recipe, specialty: Specialty) -> None:
     """A merge needs something to merge from each domain, and all but on-policy distillation a checkpoint."""
-    method = recipe.distill
+    method, place, domain = recipe.distill, specialty.place, specialty.domain
     if method is None or isinstance(method, MixedRL):
         return
     if domain.teacher is None and domain.sft is None and domain.grpo is None:
-        raise RecipeError(
-            f"domains.{name} has no teacher for distill: expected sft, grpo or teacher to be set; set one"
-        )
+        raise RecipeError(f"{place} has no teacher for distill: expected sft, grpo or teacher to be set; set one")
     on_policy = isinstance(method, Distill) and method.rollouts_from == "student"
     if domain.teacher is not None and not on_policy and not isinstance(domain.teacher, Playable):
         needs = "rollouts_from = 'teachers'" if isinstance(method, Distill) else type(method).__name__
         raise RecipeError(
-            f"domains.{name}.teacher = {domain.teacher!r:.100}: expected for distill with {needs} a teacher that is a "
+            f"{place}.teacher = {domain.teacher!r:.100}: expected for distill with {needs} a teacher that is a "
             "checkpoint by itself; merge an adapter into its base, or distill on the student's rollouts"
         )
 
@@ -146,7 +178,7 @@ def _check_learners(recipe: Recipe) -> None:
         )
 
 
-def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> None:
+def _check_teacher(place: str, teacher: Teacher, chat: ConversationFormat) -> None:
     """Find now what would otherwise stop the merge, after all specialists were trained."""
     from posttrain.conversation.formats import open_format
     from posttrain.models import load_tokenizer
@@ -156,7 +188,7 @@ def _check_teacher(name: str, teacher: Teacher, chat: ConversationFormat) -> Non
     tokenizer_path = getattr(teacher, "tokenizer_path", None)
     if tokenizer_path is not None and open_format(load_tokenizer(tokenizer_path)).fingerprint != chat.fingerprint:
         raise RecipeError(
-            f"domains.{name}.teacher = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
+            f"{place} = {tokenizer_path!r}: its vocabulary or chat template differs from the model's; "
             "expected the same, since distillation compares token ids; choose a teacher of the model's family"
         )
 
@@ -221,8 +253,6 @@ def _check_training(name: str, domain: Domain, chat: ConversationFormat, *, seed
             chat.encode_observations(({"role": "tool", "content": "?"},))
         except RecipeError as error:
             raise RecipeError(f"domains.{name} takes {domain.environment.max_turns} turns: {error}") from error
-    if domain.grpo is not None:
-        _check_sampling(name, domain, domain.grpo)
     if domain.sft is not None:
         from posttrain.learner.sft import encode_demonstrations
         from posttrain.stages.sft import demonstrations_of
@@ -248,10 +278,7 @@ def _check_sampling(name: str, domain: Domain, grpo: GRPO) -> None:
         )
 
 
-def _check_distill(name: str, domain: Domain, config: Distill, chat: ConversationFormat) -> None:
-    for mixture in config.schedule.values():
-        if name in mixture.teachers:
-            _check_teacher(name, mixture.teachers[name], chat)
+def _check_distill(name: str, domain: Domain, config: Distill) -> None:
     if config.reward_coef > 0 and asks_policy(domain.reward):
         raise RecipeError(
             f"domains.{name}.reward asks the policy itself, with distill.reward_coef = {config.reward_coef}: expected "
@@ -295,10 +322,9 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     trained = 1 if recipe.model.lora is None else 0
     moves_reference = any(grpo.sync_ref_model for grpo in recipe.grpo_settings())
     checkpoint_bytes = 16 if moves_reference else 12
-    num_stages = 1 + sum((d.sft is not None) + (d.grpo is not None) for d in recipe.domains.values())
-    num_judges = max(
-        d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in recipe.domains.values()
-    )
+    skills = [specialty.domain for specialty in recipe.specialties().values()]
+    num_stages = 1 + sum(d.sft is not None for d in recipe.domains.values()) + sum(d.grpo is not None for d in skills)
+    num_judges = max(d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in skills)
     if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
         num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)
     num_models = max(0, num_stages - finished_stages) + num_judges

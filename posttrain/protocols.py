@@ -85,6 +85,11 @@ class ConversationFormat(Protocol):
         """Text of generated tokens, without the end of the turn."""
         ...
 
+    def num_reasoning(self, token_ids: IntArray) -> int:
+        """How many tokens of a generated turn are reasoning: those before the one that ends it, all where it is cut off
+        before, none where the turn begins without."""
+        ...
+
 
 class Completer(Protocol):
     """Completes requests: an engine, or the way to one in another process."""

@@ -6,13 +6,13 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import RecipeError
-from posttrain.protocols import Demonstration
+from posttrain.protocols import Demonstration, TaskSource
 from posttrain.types import EMPTY, Message, Task
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -146,6 +146,26 @@ class DatasetTasks:
             asked = [{"role": m["role"], "content": m["content"]} for m in prompt]
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return (*system, *asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksInMode:
+    """Those tasks of a source that may be played in one effort mode, to be played in no other."""
+
+    tasks: TaskSource
+    effort: str
+
+    def train(self, *, seed: int) -> Iterable[Task]:
+        return (replace(task, effort=self.effort) for task in self.tasks.train(seed=seed) if self._fits(task))
+
+    def heldout(self, *, count: int) -> Sequence[Task]:
+        return [replace(task, effort=self.effort) for task in self.tasks.heldout(count=count) if self._fits(task)]
+
+    def demonstrations(self, *, count: int, seed: int) -> Sequence[Demonstration]:
+        return self.tasks.demonstrations(count=count, seed=seed)
+
+    def _fits(self, task: Task) -> bool:
+        return task.effort in (None, self.effort)
 
 
 def _is_prompt(asked: Any) -> bool:

@@ -330,7 +330,7 @@ def test_a_full_disk_has_a_remedy_whichever_library_meets_it(recipe, tmp_path, m
     session = Session(recipe=recipe, run=run, metrics=MetricsLog(run), progress=Progress())
     monkeypatch.setattr("posttrain.stages.sft.run_sft_stage", fail)
     with pytest.raises(OSError, match=r"stage sft-vowels: the disk of .* is full .* --resume"):
-        _run_stage(session, Stage(kind="sft", domain="vowels"))
+        _run_stage(session, Stage(kind="sft", subject="vowels"))
 
 
 def test_too_small_a_disk_is_refused_beforehand(tmp_path):

@@ -75,7 +75,7 @@ def test_the_report_has_one_entry_a_domain_with_the_promised_numbers(mini_run):
     assert (report["recipe"], report["resumed"]) == ("mini", [])
     assert [entry["domain"] for entry in report["domains"]] == ["digits", "vowels"]
     for entry in report["domains"]:
-        assert set(entry) == {"domain", "greedy"} | MODE_KEYS
+        assert set(entry) == {"domain", "greedy", "efforts"} | MODE_KEYS
         assert set(entry["greedy"]) == MODE_KEYS
         assert entry["n"] == 6
         for model in ("base", "sft", "specialist", "student"):

@@ -119,7 +119,7 @@ def test_summary_by_hand():
         ]
     )
     entry = summarise(evaluation, Bootstrap())
-    assert set(entry) == FIELDS | {"domain", "greedy"}
+    assert set(entry) == FIELDS | {"domain", "greedy", "efforts"}
     assert set(entry["greedy"]) == FIELDS
     # The third task has no student score, so every mean is over the first two.
     assert (entry["n"], entry["base"], entry["specialist"], entry["student"]) == (2, 0.0, 1.0, 0.5)

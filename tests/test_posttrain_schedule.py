@@ -53,7 +53,7 @@ def test_a_change_holds_from_its_step_on_and_keeps_what_it_does_not_name(changin
     recipe, config = changing
     assert [
         (phase.first_step, phase.routes["digits"], phase.routes["vowels"], dict(phase.num_tasks))
-        for phase in phases(recipe.domains, config)
+        for phase in phases(recipe, config)
     ] == [
         (0, Route(teacher="digits"), Route(teacher="vowels"), {"vowels": 4, "digits": 4}),
         (2, Route(teacher="digits@2", weight=0.5), Route(teacher="vowels"), {"vowels": 2, "digits": 6}),

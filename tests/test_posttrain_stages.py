@@ -65,7 +65,7 @@ def test_a_stage_killed_right_after_its_end_is_tidied_up_when_the_run_goes_on(se
         folder.mkdir(parents=True)
     directory.mark_done({"seconds": 1.0})
     for _ in range(2):
-        _run_stage(session, Stage(kind="sft", domain="vowels"))
+        _run_stage(session, Stage(kind="sft", subject="vowels"))
     assert not directory.checkpoints.exists()
     assert not directory.judges.exists()
     assert [event["kind"] for event in session.run.read_events()] == [EventKind.STAGE_FINISHED]

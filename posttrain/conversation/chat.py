@@ -120,6 +120,14 @@ class ChatFormat:
         kept = [int(i) for i in token_ids if int(i) not in stops]
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def num_reasoning(self, token_ids: IntArray) -> int:
+        """Tokens of a generated turn before its ``</think>``; 0 where that is no token of the tokenizer's, or where the
+        mode does not think."""
+        end = self.tokenizer.get_vocab().get("</think>")
+        if end is None or (self.effort is not None and not thinks(self.effort)):
+            return 0
+        return tokens_before(end, token_ids)
+
     def encode(self, text: str) -> IntArray:
         # The template writes the special tokens itself.
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
@@ -168,6 +176,12 @@ def _with_prefix(messages: Sequence[Message], effort: str | None) -> Sequence[Me
     if messages[0]["role"] == "system":
         return [{**messages[0], "content": said + messages[0]["content"]}, *messages[1:]]
     return [{"role": "system", "content": said.rstrip()}, *messages]
+
+
+def tokens_before(end: int, token_ids: IntArray) -> int:
+    """How many tokens come before the first ``end``; all where there is none."""
+    found = np.flatnonzero(np.asarray(token_ids) == end)
+    return int(found[0]) if len(found) else len(token_ids)
 
 
 def _turn_text(context: str, rendered: str, stops: Sequence[str]) -> str:

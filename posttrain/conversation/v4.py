@@ -23,6 +23,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.conversation import v4_tokens as tokens
+from posttrain.conversation.chat import tokens_before
 from posttrain.conversation.dsml import SKELETON, Unwritable, calls_of, check_text, to_json, write_calls
 from posttrain.conversation.dsml_parser import ParsedTurn, parse_turn
 from posttrain.conversation.effort import HIGH, check_effort, prefix, thinks, wording
@@ -184,6 +185,10 @@ class V4Format:
         """
         start = tokens.THINK if self.thinking else ""
         return start + self._text(token_ids).removesuffix(tokens.EOS)
+
+    def num_reasoning(self, token_ids: IntArray) -> int:
+        """Tokens of a generated turn before its ``</think>``."""
+        return tokens_before(self._ids[tokens.END_THINK], token_ids) if self.thinking else 0
 
     def parse(self, token_ids: IntArray | Sequence[int], *, strict: bool = True) -> ParsedTurn:
         """What a generated turn says. ``MalformedTurn`` when it cannot be read."""

@@ -19,6 +19,7 @@ from posttrain.runs.verdict import (
     kept_verdict,
     number,
     percent,
+    thinking,
 )
 
 MARKS = {"good": "&#10003;", "bad": "&#10007;", "unclear": "?", "none": ""}
@@ -42,6 +43,20 @@ def scores_table(domains: Sequence[Mapping[str, Any]], mode: str = "sampled") ->
     names = ("Domain", "Tasks", "Base", "SFT", "Specialist", "Student", "Gain over base", "Gain of RL over SFT", "Kept")
     rows = [_scores_row(entry["domain"], entry if mode == "sampled" else entry["greedy"]) for entry in domains]
     return _table(names, rows, css="scores")
+
+
+def efforts_table(domains: Sequence[Mapping[str, Any]]) -> str:
+    """Scores and thinking tokens of the models, a row per domain and effort mode."""
+    rows = [
+        (
+            f"<b>{escape(entry['domain'])}</b>",
+            escape(effort),
+            *(_effort_cell(models.get(model)) for model in ("base", "sft", "specialist", "student")),
+        )
+        for entry in domains
+        for effort, models in entry["efforts"].items()
+    ]
+    return _table(("Domain", "Effort", "Base", "SFT", "Specialist", "Student"), rows) if rows else ""
 
 
 def unscored_note(domains: Sequence[Mapping[str, Any]]) -> str:
@@ -136,6 +151,16 @@ def _scores_row(domain: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
             gain_verdict(entry["rl_gain_ci"]),
         ),
         _judged(percent(entry["kept"]), interval_text(entry["kept_ci"], share=True), kept_verdict(entry)),
+    )
+
+
+def _effort_cell(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return number(None)
+    low, high = measured["score_ci"] or (None, None)
+    return (
+        f'<span class="value">{number(measured["score"])}</span> '
+        f'<span class="interval">[{number(low)}, {number(high)}]<br>{thinking(measured["thinking_tokens"])}</span>'
     )
 
 

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from posttrain.runs.durable import write_atomic
-from posttrain.runs.evaluation import MODELS, DomainEvaluation
+from posttrain.runs.evaluation import MODELS, DomainEvaluation, summarise_efforts
 from posttrain.runs.rundir import RunDir
 from posttrain.runs.stats import Bootstrap, bootstrap_mean
 
@@ -130,6 +132,52 @@ def draw_scores(evaluations: Sequence[DomainEvaluation], options: Bootstrap) -> 
     return figure
 
 
+def draw_efforts(evaluations: Sequence[DomainEvaluation], options: Bootstrap) -> Figure:
+    """How long specialist and student think in each effort mode, and what they score; a column per domain."""
+    from matplotlib.figure import Figure
+
+    found = {evaluation.domain: summarise_efforts(evaluation, options) for evaluation in evaluations}
+    found = {domain: efforts for domain, efforts in found.items() if efforts}
+    figure = Figure(figsize=(max(4.6, 3.7 * len(found)), 5.6), layout="constrained")
+    grid = figure.subplots(2, len(found), squeeze=False, sharey="row")
+    measures = (("thinking_tokens", "thinking tokens"), ("score", f"mean score, {options.confidence:.0%} interval"))
+    for row, (measure, label) in enumerate(measures):
+        for axes, (domain, efforts) in zip(grid[row], found.items(), strict=True):
+            _style(axes, domain if row == 0 else "")
+            for place, model in enumerate(("specialist", "student")):
+                _draw_by_effort(axes, efforts, model, measure, shift=0.1 * place - 0.05)
+            axes.set_xticks(range(len(efforts)), list(efforts))
+            axes.set_xlim(-0.4, len(efforts) - 0.6)
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        grid[row][0].set_ylabel(label, color=INK)
+    _legend(grid[0][0], 2)
+    return figure
+
+
+def _draw_by_effort(
+    axes: Axes, efforts: Mapping[str, Mapping[str, Any]], model: str, measure: str, *, shift: float
+) -> None:
+    known = [
+        (place + shift, models[model][measure], models[model][f"{measure}_ci"])
+        for place, models in enumerate(efforts.values())
+        if model in models and models[model][f"{measure}_ci"] is not None
+    ]
+    if not known:
+        return
+    places, values, intervals = zip(*known, strict=True)
+    whiskers = np.abs(np.transpose(intervals) - np.array(values))
+    axes.errorbar(
+        places,
+        values,
+        whiskers,
+        color=MODEL_COLOURS[model],
+        label=MODEL_LABELS[model],
+        marker="o",
+        linewidth=2,
+        capsize=3,
+    )
+
+
 def save_plots(
     rundir: RunDir,
     evaluations: Sequence[DomainEvaluation],
@@ -141,6 +189,8 @@ def save_plots(
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "posttrain", "font.size": 10}):
         figures = {"scores": draw_scores(evaluations, options)} if evaluations else {}
+        if any(summarise_efforts(evaluation, options) for evaluation in evaluations):
+            figures["efforts"] = draw_efforts(evaluations, options)
         for curve in CURVES:
             lines = lines_of(curve, metrics)
             if lines:
@@ -156,6 +206,11 @@ def _canvas(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    _style(axes, title)
+    return figure, axes
+
+
+def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", color=INK, fontsize=11, pad=24)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -166,7 +221,6 @@ def _canvas(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    return figure, axes
 
 
 def _legend(axes: Axes, entries: int) -> None:

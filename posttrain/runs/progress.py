@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from posttrain.runs.verdict import gain_of, gain_verdict, headline, kept_verdict, number, percent
+from posttrain.runs.verdict import gain_of, gain_verdict, headline, kept_verdict, number, percent, thinking
 
 SHOWN = (("reward", "reward"), ("kl", "KL"), ("loss", "loss"), ("tokens_per_s", "tok/s"))
 """Metrics worth a place on the line, with their labels."""
@@ -112,7 +112,37 @@ def print_report(report: Mapping[str, Any], console: Console | None = None) -> N
             _kept_cell(entry),
         )
     console.print(table)
+    if any(entry["efforts"] for entry in report["domains"]):
+        console.print(_efforts_table(report["domains"]))
     console.print(headline(report["domains"]), highlight=False)
+
+
+def _efforts_table(domains: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per domain and effort mode: mean score, its interval, and mean number of thinking tokens."""
+    table = Table(
+        title="by effort: held-out score, thinking tokens",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 1, 0),
+        pad_edge=False,
+    )
+    for name in ("domain", "effort"):
+        table.add_column(name)
+    for name in ("base", "SFT", "specialist", "student"):
+        table.add_column(name, justify="right")
+    for entry in domains:
+        for effort, models in entry["efforts"].items():
+            cells = [_effort_cell(models.get(model)) for model in ("base", "sft", "specialist", "student")]
+            table.add_row(entry["domain"], effort, *cells)
+    return table
+
+
+def _effort_cell(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return number(None)
+    low, high = measured["score_ci"] or (None, None)
+    lines = (number(measured["score"]), f"{number(low)}..{number(high)}", thinking(measured["thinking_tokens"]))
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

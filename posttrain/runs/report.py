@@ -71,7 +71,7 @@ def render(rundir: RunDir, report: Mapping[str, Any], svgs: Mapping[str, str], o
 
 def _sections(rundir: RunDir, report: Mapping[str, Any], svgs: Mapping[str, str], options: Bootstrap) -> str:
     domains = report["domains"]
-    curves = {name: svg for name, svg in svgs.items() if name != "scores"}
+    curves = {name: svg for name, svg in svgs.items() if name not in ("scores", "efforts")}
     greedy = html.scores_table([entry for entry in domains if entry["greedy"]["n"]], "greedy")
     tables = html.scores_table(domains) + (html.unscored_note(domains) if domains else "")
     if greedy:
@@ -81,6 +81,11 @@ def _sections(rundir: RunDir, report: Mapping[str, Any], svgs: Mapping[str, str]
         (
             html.section("Results", tables, _method(options)),
             html.section("Scores at a glance", html.figures({n: s for n, s in svgs.items() if n == "scores"})),
+            html.section(
+                "Effort modes",
+                html.efforts_table(domains) + html.figures({n: s for n, s in svgs.items() if n == "efforts"}),
+                "Mean score of sampled rollouts with its interval, and mean number of tokens of reasoning.",
+            ),
             html.section("Training curves", html.figures(curves), "Faint: each step. Strong: moving average."),
             html.section("Rollouts and their rewards", html.examples_section(pick_examples(rundir))),
             html.section("Time and costs", f'<div class="columns">{"".join(spent)}</div>' if any(spent) else ""),

@@ -104,6 +104,11 @@ def number(value: float | None, *, signed: bool = False) -> str:
     return "\u2013" if value is None else f"{value:{'+' if signed else ''}.3f}"
 
 
+def thinking(num_tokens: float | None) -> str:
+    """A mean number of thinking tokens for people."""
+    return "\u2013" if num_tokens is None else f"{num_tokens:.1f} tok"
+
+
 def interval_text(interval: Sequence[float | None] | None, *, share: bool = False) -> str:
     """``[0.10, 0.25]``; an open bound reads ``unbounded``; nothing for None."""
     if interval is None:

@@ -1,8 +1,8 @@
 """Merge: multi-teacher on-policy distillation into one student.
 
-Each step samples rollouts of the student over all domains, lets each domain's teacher read its own samples,
-and moves the student along the exact gradient of KL(student || teacher). What else ``Distill`` offers is off unless
-asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
+Each step samples rollouts of the student over all domains and their effort modes, lets each teacher read the samples of
+its domain, or of its mode of one, and moves the student along the exact gradient of KL(student || teacher). What else
+``Distill`` offers is off unless asked for. Off-policy, for comparison, the teachers play the rollouts themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from posttrain.config import Distill, Domain, Recipe
+from posttrain.config import Distill, Domain, Recipe, Specialty
 from posttrain.conversation.formats import open_format
 from posttrain.errors import RecipeError
 from posttrain.learner.distillation import DistillSpec
@@ -45,21 +45,22 @@ MAX_SELF_KL = 5e-3
 
 
 def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkpoints: Mapping[str, str]) -> None:
-    """From the base to ``stage.final``. ``checkpoints``: domain -> specialist, where the teacher is a checkpoint."""
+    """From the base to ``stage.final``. ``checkpoints``: of the specialists, by name, where they are checkpoints."""
     learner, position = session.open_learner(stage, session.base_path, config)
     first = position.step
     on_policy = config.rollouts_from == "student"
     if on_policy:
         session.send_policy(learner, version=first)
     stream = open_groups(session, stage, config, position, checkpoints)
-    teachers = teachers_of(session.recipe.domains, config, checkpoints)
+    specialties = session.recipe.specialties()
+    teachers = teachers_of(specialties, config, checkpoints)
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
-    probes = {name: probe_sequences(domain, session) for name, domain in session.recipe.domains.items()}
+    probes = {name: probe_sequences(specialty.domain, session) for name, specialty in specialties.items()}
     everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
-    for name, (domain_name, teacher) in scheduled_teachers(config).items():
-        everyone[name], probes[name] = teacher, probes[domain_name]
+    for name, (specialist, teacher) in scheduled_teachers(config).items():
+        everyone[name], probes[name] = teacher, probes[specialist]
     scales = DomainScales.restore(position.kept) if config.rescale_domains else None
     kept = None if scales is None else scales.state
     spec = DistillSpec(
@@ -97,17 +98,19 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     learner.close()
 
 
-def teachers_of(domains: Mapping[str, Domain], config: Distill, specialists: Mapping[str, str]) -> dict[str, Teacher]:
-    """The teacher of each domain: the recipe's own, or the specialist this run has trained."""
+def teachers_of(
+    specialties: Mapping[str, Specialty], config: Distill, specialists: Mapping[str, str]
+) -> dict[str, Teacher]:
+    """The teacher of each domain, or each mode of it: the recipe's own, or the specialist this run has trained."""
     teachers = {}
-    for name, domain in domains.items():
-        if domain.teacher is not None:
-            teachers[name] = domain.teacher
+    for name, specialty in specialties.items():
+        if specialty.domain.teacher is not None:
+            teachers[name] = specialty.domain.teacher
         elif name in specialists:
             teachers[name] = config.teachers.from_checkpoint(specialists[name])
         else:
             raise RecipeError(
-                f"domains.{name} has no teacher: expected sft, grpo or a ready-made teacher; set one of them or "
+                f"{specialty.place} has no teacher: expected sft, grpo or a ready-made teacher; set one of them or "
                 "remove distill"
             )
     return teachers
@@ -138,10 +141,10 @@ def check_self_distillation(learner: AnyLearner, objective: Objective, probes: S
 
 
 def probe_sequences(domain: Domain, session: Session, count: int = 4) -> list[IntArray]:
-    """A few encoded prompts of a domain, for the start-up checks of its teacher."""
+    """A few encoded prompts of a domain, in all its effort modes, for the start-up checks of its teacher."""
     chat = open_format(load_tokenizer(session.base_path))
     tasks = itertools.islice(domain.tasks.train(seed=session.recipe.seed), count)
-    return [chat.at(task.effort).encode_prompt(task.prompt) for task in tasks]
+    return [chat.at(mode).encode_prompt(task.prompt) for task in tasks for mode in domain.modes_of(task)]
 
 
 def jobs_of_steps(
@@ -171,7 +174,7 @@ def jobs_of_steps(
 
 
 def rollout_groups_per_step(recipe: Recipe, config: Distill) -> int:
-    return sum(phases(recipe.domains, config)[0].num_tasks.values())
+    return sum(phases(recipe, config)[0].num_tasks.values())
 
 
 def open_groups(

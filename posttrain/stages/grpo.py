@@ -56,11 +56,16 @@ class Training:
 
     @classmethod
     def specialist(cls, recipe: Recipe, name: str) -> Training:
-        """That of a domain's own specialist."""
-        domain = recipe.domains[name]
+        """That of a specialist, by its name."""
+        specialty = recipe.specialties()[name]
+        domain = specialty.domain
         assert domain.grpo is not None
-        judge_training = name if domain.judge_training is not None else None
-        return cls(config=domain.grpo, domains={name: domain}, seed=recipe.seed, judge_training=judge_training)
+        return cls(
+            config=domain.grpo,
+            domains={specialty.domain_name: domain},
+            seed=recipe.seed,
+            judge_training=specialty.domain_name if domain.judge_training is not None else None,
+        )
 
     @property
     def per_step(self) -> dict[str, int]:

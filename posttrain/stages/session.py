@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,21 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from posttrain.config import GRPO, Distill, Domain, Recipe
+from posttrain.conversation.formats import open_format
 from posttrain.engine.weights import export_weights
 from posttrain.errors import Preempted, RecipeError
 from posttrain.learner.checkpoint import latest_checkpoint
 from posttrain.learner.group import AnyLearner, LearnerSpec, open_learner
 from posttrain.models import base_path, compute_dtype, context_window, load_model, load_tokenizer
 from posttrain.preemption import PREEMPTION
-from posttrain.protocols import GroupReward, KeepsBoxes, Reward, asks_policy
+from posttrain.protocols import ConversationFormat, GroupReward, KeepsBoxes, Reward, asks_policy
 from posttrain.rollout.player import GroupJob, Play
 from posttrain.rollout.stream import Groups, GroupStream
 from posttrain.runs.metrics import MetricsLog
 from posttrain.runs.progress import Progress
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import EventKind, RunDir, StageDir
-from posttrain.types import Group, Route, Sampling, ScoreStatus, Task
+from posttrain.types import AnyRollout, Group, Route, Sampling, ScoreStatus, Task
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +148,7 @@ class Session:
         domain = self.recipe.domains[task.domain]
         plays = {mode: self._play(domain, task, mode, scored=scored, greedy=greedy) for mode in domain.modes_of(task)}
         if len(plays) > num_rollouts > 0:
-            weights = [domain.efforts[mode or ""].share for mode in plays]
-            (chosen,) = random.Random(f"{self.recipe.seed}/{job_id}").choices(list(plays), weights)
+            chosen = domain.draw_mode(task, random.Random(f"{self.recipe.seed}/{job_id}"))
             plays = {chosen: plays[chosen]}
         forms = tuple(replace(task, effort=mode) for mode in plays)
         return GroupJob(
@@ -168,6 +171,20 @@ class Session:
             max_sequence_tokens=min(domain.window_at(mode), self.window),
             length_penalty=None if effort is None or not scored else effort.length_penalty,
         )
+
+    def thinking_tokens(self, group: Group) -> list[float]:
+        """How many tokens of reasoning each rollout of a group generated; NaN for a failed one."""
+        return [math.nan if rollout.failed else float(self._thinking_tokens(rollout)) for rollout in group.rollouts]
+
+    def _thinking_tokens(self, rollout: AnyRollout) -> int:
+        arrays, chat = rollout.tokens.load(), self._chat.at(rollout.task.effort)
+        edges = np.flatnonzero(np.diff(arrays.loss_mask)) + 1
+        parts = zip(np.split(arrays.token_ids, edges), np.split(arrays.loss_mask, edges), strict=True)
+        return sum(chat.num_reasoning(ids) for ids, generated in parts if len(ids) and generated[0])
+
+    @cached_property
+    def _chat(self) -> ConversationFormat:
+        return open_format(load_tokenizer(self.base_path))
 
     def reward(self, domain: str) -> Reward | GroupReward:
         """The domain's reward, with its files as they were last taken up."""
@@ -296,6 +313,7 @@ def _greedy(sampling: Sampling) -> Sampling:
 
 
 def finals(session: Session, kind: str) -> Mapping[str, str]:
-    """Domain -> final checkpoint of every finished stage of one kind, ``sft`` or ``grpo``."""
-    stages = {domain: session.run.stage(f"{kind}-{domain}") for domain in session.recipe.domains}
-    return {domain: str(stage.final) for domain, stage in stages.items() if stage.done is not None}
+    """Final checkpoint of every finished stage of one kind: domain -> ``sft``, or specialist -> ``grpo``."""
+    names = {**session.recipe.domains, **session.recipe.specialties()}
+    stages = {name: session.run.stage(f"{kind}-{name}") for name in names}
+    return {name: str(stage.final) for name, stage in stages.items() if stage.done is not None}

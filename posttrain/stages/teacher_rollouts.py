@@ -1,7 +1,7 @@
 """Off-policy distillation: the specialists play the rollouts that the student learns from.
 
-Each domain's specialist is loaded into the rollout workers in turn and plays its tasks of all steps up to the next
-checkpoint, so that weights are sent once a specialist and checkpoint, not once a step.
+Each specialist is loaded into the rollout workers in turn and plays what is distilled from it, of all steps up to the
+next checkpoint, so that weights are sent once a specialist and checkpoint, not once a step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from posttrain.types import Group
 
 @dataclass(slots=True, kw_only=True)
 class TeacherRollouts:
-    """The groups of each step, as ``GroupStream`` gives them, played by the specialist of their domain."""
+    """The groups of each step, as ``GroupStream`` gives them, played by the specialist they are distilled from."""
 
     session: Session
     checkpoints: Mapping[str, str]
-    """Domain -> the specialist that plays its tasks."""
+    """Of the specialists, by the name of the teacher that a job is routed to."""
     steps: Iterator[list[tuple[int, GroupJob]]]
     """Per step, from ``next_step`` on, the numbered jobs."""
     groups_per_step: int
@@ -51,8 +51,10 @@ class TeacherRollouts:
     def _play_block(self) -> None:
         count = self.steps_per_block - self.next_step % self.steps_per_block
         jobs = list(itertools.chain.from_iterable(itertools.islice(self.steps, count)))
-        for domain, checkpoint in self.checkpoints.items():
-            own = [(number, job) for number, job in jobs if job.task.domain == domain]
+        for name, checkpoint in self.checkpoints.items():
+            own = [(number, job) for number, job in jobs if job.route is not None and job.route.teacher == name]
+            if not own:
+                continue
             self.session.send_checkpoint(checkpoint, version=self.next_step)
             stream = self.session.open_stream(iter(own), len(own), max_staleness=0)
             self._played.update(zip((number for number, _ in own), stream.take(), strict=True))
