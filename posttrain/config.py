@@ -247,6 +247,9 @@ class Distill(Value):
 
     teachers: TeacherLibrary
     """How specialists are loaded as teachers and their states cached."""
+    start: Literal["base", "sft_mean"] = "base"
+    """Where the student starts: at the base, or at the mean of the SFT models of the domains that have one, by
+    ``Domain.weight``, which draws answers of the specialists' form from the first step on."""
     max_steps: Positive = 100
     rollouts_per_step: Positive = 64
     """Over all domains; each domain's share follows its ``share``."""
@@ -275,8 +278,8 @@ class Distill(Value):
     arXiv 2306.13649). ``sampled_token`` estimates the first only.
 
     A student that follows a reverse KL does not learn what it does not draw. Where its first answers are far from what
-    the teachers say, the KL may stay high to the end (``kl/DOMAIN``); with ``jsd`` it fell in the one comparison there
-    is (benchmarks/results/merge_methods).
+    the teachers say, the KL may stay high to the end (``kl/DOMAIN``); it falls with ``start = "sft_mean"``, or with
+    ``jsd`` (benchmarks/results/merge_methods).
     """
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """The teacher's share of ``jsd``'s mixture; as in TRL, towards 0 it is forward and towards 1 reverse KL."""
@@ -682,6 +685,15 @@ class Recipe(Value):
             raise RecipeError(
                 f"distill.rollouts_per_step = {self.distill.rollouts_per_step} with a schedule: expected room for a "
                 f"group of every domain, {len(self.domains) * self.distill.num_generations}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _student_has_a_start(self) -> Self:
+        wants_mean = isinstance(self.distill, Distill) and self.distill.start == "sft_mean"
+        if wants_mean and all(domain.sft is None for domain in self.domains.values()):
+            raise RecipeError(
+                "distill.start = 'sft_mean' and no domain has sft: expected one at least; set it, or start from 'base'"
             )
         return self
 

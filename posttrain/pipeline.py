@@ -112,7 +112,7 @@ def _run_stage(session: Session, stage: Stage) -> None:
     # Only an unfinished stage resumes; its optimizer and teacher states, judges and rollouts are the bulk of what a run
     # writes.
     outcomes = session.run.rollouts / "outcomes" / stage.name
-    for folder in (directory.checkpoints, directory.judges, directory.states, outcomes):
+    for folder in (directory.checkpoints, directory.judges, directory.states, directory.start, outcomes):
         shutil.rmtree(folder, ignore_errors=True)
     session.run.log_event(EventKind.STAGE_FINISHED, stage=stage.name)
 

@@ -324,6 +324,7 @@ def disk_needed(recipe: Recipe, *, finished_stages: int = 0) -> int:
     checkpoint_bytes = 16 if moves_reference else 12
     skills = [specialty.domain for specialty in recipe.specialties().values()]
     num_stages = 1 + sum(d.sft is not None for d in recipe.domains.values()) + sum(d.grpo is not None for d in skills)
+    num_stages += isinstance(recipe.distill, Distill) and recipe.distill.start == "sft_mean"
     num_judges = max(d.grpo.max_steps // recipe.judge_lag_steps if d.grpo and _asks_policy(d) else 0 for d in skills)
     if isinstance(recipe.distill, MixedRL) and any(asks_policy(d.reward) for d in recipe.domains.values()):
         num_judges = max(num_judges, recipe.distill.grpo.max_steps // recipe.judge_lag_steps)

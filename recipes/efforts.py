@@ -58,6 +58,8 @@ def recipe() -> Recipe:
         domains={"bill": domain(bills()), "dial": domain(dials())},
         distill=Distill(
             teachers=SwapOnDemand(),
+            # From the base the student would never draw a thought, and a reverse KL would not teach it to.
+            start="sft_mean",
             max_steps=100,
             rollouts_per_step=48,
             optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5),

@@ -51,6 +51,7 @@ class StageDir:
         self.checkpoints = path / "checkpoints"
         self.judges = path / "judges"
         self.states = path / "states"
+        self.start = path / "start"
         self.final = path / "final"
         self._done = path / "done.json"
 

@@ -33,6 +33,7 @@ from posttrain.rollout.stream import Groups
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.domain_scales import DomainScales
+from posttrain.stages.merge_weights import sft_mean
 from posttrain.stages.schedule import phases, planned_tasks, scheduled_teachers
 from posttrain.stages.session import Position, Session
 from posttrain.stages.teacher_rollouts import TeacherRollouts
@@ -45,8 +46,9 @@ MAX_SELF_KL = 5e-3
 
 
 def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkpoints: Mapping[str, str]) -> None:
-    """From the base to ``stage.final``. ``checkpoints``: of the specialists, by name, where they are checkpoints."""
-    learner, position = session.open_learner(stage, session.base_path, config)
+    """From ``config.start`` to ``stage.final``. ``checkpoints``: of the specialists, by name, where there are any."""
+    start = session.base_path if config.start == "base" else sft_mean(session, stage)
+    learner, position = session.open_learner(stage, start, config)
     first = position.step
     on_policy = config.rollouts_from == "student"
     if on_policy:
@@ -57,7 +59,7 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     progress = session.progress.stage(stage.name, config.max_steps, first_step=first)
     log = RolloutLog(stage)
     probes = {name: probe_sequences(specialty.domain, session) for name, specialty in specialties.items()}
-    everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(session.base_path)}
+    everyone = {**teachers, ITSELF: config.teachers.from_checkpoint(start)}
     probes[ITSELF] = [probe for group in probes.values() for probe in group]
     for name, (specialist, teacher) in scheduled_teachers(config).items():
         everyone[name], probes[name] = teacher, probes[specialist]
@@ -66,7 +68,7 @@ def run_distill_stage(session: Session, stage: StageDir, config: Distill, checkp
     spec = DistillSpec(
         config=config,
         teachers=everyone,
-        student_path=session.base_path,
+        student_path=start,
         probes=probes,
         folder=stage.states,
         temperatures={name: domain.sampling.temperature for name, domain in session.recipe.domains.items()},

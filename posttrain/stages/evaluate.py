@@ -16,7 +16,7 @@ import numpy.typing as npt
 from posttrain.config import Domain
 from posttrain.rollout.arrays import free_groups
 from posttrain.rollout.player import GroupJob
-from posttrain.runs.evaluation import EffortScores, ModelName, ModelScores, scores_path
+from posttrain.runs.evaluation import EffortScores, Mode, ModelName, ModelScores, scores_path
 from posttrain.runs.rollout_log import RolloutLog
 from posttrain.runs.rundir import StageDir
 from posttrain.stages.reward_files import RewardFiles
@@ -102,7 +102,7 @@ def evaluate(session: Session, entrant: Contestant) -> tuple[ModelScores, list[G
     greedy = [job(form, "/greedy", num_rollouts=1, greedy=True) for form in forms if settings.greedy]
     sampled = [job(form, num_rollouts=settings.num_samples) for form in forms]
     groups = session.rollouts.play(greedy + sampled)
-    played = {"greedy": groups[: len(greedy)], "sampled": groups[len(greedy) :]}
+    played: dict[Mode, list[Group]] = {"greedy": groups[: len(greedy)], "sampled": groups[len(greedy) :]}
     lengths = [session.thinking_tokens(group) for group in played["sampled"]] if domain.efforts else []
     free_groups(groups)
     by_mode = {name: _by_mode(forms, map(_values, found), len(tasks)) for name, found in played.items()}
