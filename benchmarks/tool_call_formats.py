@@ -1,14 +1,16 @@
 """Tool-call errors of one model that learns to call in DSML and, from the same start, in JSON.
 
-    python -m benchmarks.tool_call_formats [--quick] [--json FILE] [--seeds 0,1,2] [--model PATH]
+    python -m benchmarks.tool_call_formats [--quick] [--json FILE] [--plot FILE] [--seeds 0,1,2] [--model PATH]
 
 Prompts hold a text that is hard to quote, and the call has to pass it on as it is. Both models have the same start,
 dialogue (V4's, without reasoning), demonstrations, steps, rate and random numbers; they differ in how the call of a
 demonstration is written: in V4's DSML, or as this repository's fenced JSON block. Then they answer the same held-out
 prompts with the same random numbers, once sampled and once greedily. Intervals are 95 % bootstraps over prompts.
 
-The start is the base after ``--copy-steps`` of repeating such prompts word for word: the tiny base cannot, and the
-errors of a model that cannot copy say nothing about formats.
+The start, one for all forms and seeds, is the base after ``--copy-steps`` of repeating such prompts word for word: then
+it knows V4's turns and copies, and the errors of a model that cannot copy say nothing about formats. The base is
+SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its time: nearly every call is wrong
+in both forms, which shows that everything runs and compares nothing.
 
 A text that holds the end tag of a DSML parameter has no form in DSML. None is demonstrated; such prompts are played
 besides and counted apart.
@@ -72,6 +74,8 @@ class Kind(StrEnum):
 
 
 ERRORS = tuple(kind for kind in Kind if kind is not Kind.RIGHT)
+FORM_ERRORS = tuple(kind for kind in ERRORS if kind is not Kind.CONTENT)
+"""Those that are a matter of how a call is written."""
 PER_1000 = "per 1,000 calls"
 TEMPERATURES: Mapping[str, float] = {"sampled": 1.0, "greedy": 0.0}
 COPY_SEED = 1000
@@ -419,18 +423,21 @@ def tokens_per_call(plan: Plan) -> dict[str, float]:
 
 def metrics_of(played: Mapping[str, Mapping[str, Played]], tokens: Mapping[str, float]) -> list[Metric]:
     """The table's lines, all for information."""
+    counted = {"errors": ERRORS, "form_errors": FORM_ERRORS}
     lines = []
     for label in TEMPERATURES:
         for name in FORMS:
             one = played[name][label]
-            lines += _with_interval(f"{name}/{label}/errors", bootstrap_mean(one.per_1000(ERRORS), Bootstrap()))
+            for what, kinds in counted.items():
+                lines += _with_interval(f"{name}/{label}/{what}", bootstrap_mean(one.per_1000(kinds), Bootstrap()))
             lines += [
                 Metric(f"{name}/{label}/{kind}", float(one.per_1000([kind]).mean()), PER_1000, "") for kind in ERRORS
             ]
             impossible = one.per_1000(ERRORS, end_tag.__name__)
             lines.append(Metric(f"{name}/{label}/end_tag_errors", float(impossible.mean()), PER_1000, ""))
-        dsml, fenced = (played[name][label].per_1000(ERRORS) for name in ("dsml", "json"))
-        lines += _with_interval(f"dsml_less_json/{label}/errors", bootstrap_gain(dsml, fenced, Bootstrap()))
+        for what, kinds in counted.items():
+            dsml, fenced = (played[name][label].per_1000(kinds) for name in ("dsml", "json"))
+            lines += _with_interval(f"dsml_less_json/{label}/{what}", bootstrap_gain(dsml, fenced, Bootstrap()))
     return [*lines, *(Metric(f"{name}/tokens_per_call", value, "tokens", "") for name, value in tokens.items())]
 
 
@@ -505,6 +512,7 @@ QUICK = replace(
     prompts=40,
     impossible=8,
     families=(shell, pattern),
+    max_tokens=320,
 )
 
 
