@@ -9,8 +9,8 @@ prompts with the same random numbers, once sampled and once greedily. Intervals 
 
 The start, one for all forms and seeds, is the base after ``--copy-steps`` of repeating such prompts word for word: then
 it knows V4's turns and copies, and the errors of a model that cannot copy say nothing about formats. The base is
-SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its time: nearly every call is wrong
-in both forms, which shows that everything runs and compares nothing.
+SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its time: nearly every call is
+wrong in both forms, which shows that everything runs and compares nothing.
 
 A text that holds the end tag of a DSML parameter has no form in DSML. None is demonstrated; such prompts are played
 besides and counted apart.
