@@ -68,13 +68,15 @@ class Kind(StrEnum):
     """Only the tolerant parser reads it, and then it is right."""
     QUOTING = "quoting"
     """It is read, and its arguments differ from those wanted in escapes or types only."""
+    PUNCTUATION = "punctuation"
+    """It is read, with the right letters and digits, and some other characters are missing or too many."""
     CONTENT = "content"
     """It is read and says something else."""
     UNREADABLE = "unreadable"
 
 
 ERRORS = tuple(kind for kind in Kind if kind is not Kind.RIGHT)
-FORM_ERRORS = tuple(kind for kind in ERRORS if kind is not Kind.CONTENT)
+FORM_ERRORS = (Kind.REPAIRED, Kind.QUOTING, Kind.UNREADABLE)
 """Those that are a matter of how a call is written."""
 PER_1000 = "per 1,000 calls"
 TEMPERATURES: Mapping[str, float] = {"sampled": 1.0, "greedy": 0.0}
@@ -236,7 +238,11 @@ def classify(form: Form, text: str, wanted: ToolCall, *, ended: bool) -> Kind:
         return Kind.UNREADABLE
     if list(calls) == [wanted]:
         return Kind.RIGHT if read is form.strict else Kind.REPAIRED
-    return Kind.QUOTING if len(calls) == 1 and _bare(calls[0]) == _bare(wanted) else Kind.CONTENT
+    if len(calls) == 1:
+        for kind, rest in ((Kind.QUOTING, _unescaped), (Kind.PUNCTUATION, _alphanumeric)):
+            if _reduced(calls[0], rest) == _reduced(wanted, rest):
+                return kind
+    return Kind.CONTENT
 
 
 def fault(form: Form, text: str, *, ended: bool) -> str:
@@ -253,15 +259,29 @@ def fault(form: Form, text: str, *, ended: bool) -> str:
         return str(error).partition(":")[0]
 
 
-def _bare(call: ToolCall) -> Any:
-    """A call without what escapes and types make of its arguments."""
+def _reduced(call: ToolCall, rest: Callable[[str], str]) -> Any:
+    """A call without the types of its arguments, of whose text only ``rest`` is left."""
     arguments = call.arguments if isinstance(call.arguments, dict) else {}
     texts = {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in arguments.items()
     }
+    return call.name, {name: rest(text) for name, text in texts.items()}
+
+
+def _unescaped(text: str) -> str:
     spelled = str.maketrans({"\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t", "\\": None})
-    return call.name, {name: html.unescape(text).translate(spelled) for name, text in texts.items()}
+    return html.unescape(text).translate(spelled)
+
+
+def _alphanumeric(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
+
+
+def num_escapes(task: Task) -> int:
+    """Characters of a call's arguments that JSON has to escape."""
+    texts = [value for value in task.info["call"].arguments.values() if isinstance(value, str)]
+    return sum(json.dumps(character) != f'"{character}"' for text in texts for character in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -367,6 +387,20 @@ class Played:
         ]
         return np.array([[1000.0 * (replies[i].kind in kinds) for replies in self.replies] for i in chosen])
 
+    def by_escapes(self) -> list[dict[str, float]]:
+        """Errors per 1,000 calls of the prompts with fewest, more and most to escape, a third each."""
+        chosen = [i for i, task in enumerate(self.tasks) if task.info["family"] != end_tag.__name__]
+        counts = np.array([num_escapes(self.tasks[i]) for i in chosen])
+        errors = self.per_1000(ERRORS).mean(axis=1)
+        return [
+            {
+                "fewest": int(counts[third].min()),
+                "most": int(counts[third].max()),
+                "errors": float(errors[third].mean()),
+            }
+            for third in np.array_split(np.argsort(counts, kind="stable"), 3)
+        ]
+
     def faults(self) -> dict[str, float]:
         """Calls per 1,000 that are not exactly in their form, by why, the impossible apart; most frequent first."""
         chosen = [i for i, task in enumerate(self.tasks) if task.info["family"] != end_tag.__name__]
@@ -457,6 +491,7 @@ def details_of(played: Mapping[str, Mapping[str, Played]], families: Sequence[Fa
                 family.__name__: {kind: float(one.per_1000([kind], family.__name__).mean()) for kind in ERRORS}
                 for family in (*families, end_tag)
             },
+            "escapes": one.by_escapes(),
             "examples": {kind: one.examples(kind) for kind in ERRORS},
         }
         for name, by_label in played.items()

@@ -19,10 +19,11 @@ from benchmarks.tool_call_formats import (
     end_tag,
     fault,
     metrics_of,
+    num_escapes,
 )
 from posttrain.conversation.dsml import Unwritable, write_calls
 from posttrain.conversation.tool_calls import format_tool_call
-from posttrain.types import ToolCall
+from posttrain.types import Task, ToolCall
 
 TEXT = 'echo "$a"\n\\b <i>'
 WANTED = ToolCall("insert", {"line": 3, "text": TEXT})
@@ -52,7 +53,9 @@ WRITE = {"dsml": dsml, "json": format_tool_call}
         (insert("3", TEXT), Kind.QUOTING),
         (insert(4, TEXT), Kind.CONTENT),
         (insert(3, TEXT.replace("$a", "$b")), Kind.CONTENT),
-        (insert(3, TEXT.replace("\n", " ")), Kind.CONTENT),
+        (insert(3, TEXT.replace("\n", " ")), Kind.PUNCTUATION),
+        (insert(3, TEXT.replace('"', "")), Kind.PUNCTUATION),
+        (insert(3, TEXT.replace("<i>", "<i>>")), Kind.PUNCTUATION),
         (ToolCall("insert", {"text": TEXT}), Kind.CONTENT),
         (ToolCall("bash", WANTED.arguments), Kind.CONTENT),
         (ToolCall("insert", [TEXT]), Kind.CONTENT),
@@ -144,3 +147,16 @@ def test_the_difference_is_dsml_less_json_on_the_same_prompts():
     assert values["dsml_less_json/greedy/errors"] == -500
     assert values["dsml_less_json/greedy/form_errors"] == -500
     assert values["dsml/greedy/end_tag_errors"] == 1000
+
+
+def test_errors_are_told_apart_by_how_much_json_has_to_escape():
+    tasks = PassOn(FAMILIES).heldout(count=6)
+    by_escapes = sorted(tasks, key=num_escapes)
+    assert num_escapes(by_escapes[0]) < num_escapes(by_escapes[-1])
+    played = Played(by_escapes, [[Reply("", kind) for kind in 4 * [Kind.RIGHT] + 2 * [Kind.CONTENT]]])
+    assert [third["errors"] for third in played.by_escapes()] == [0, 0, 1000]
+
+
+def test_what_json_has_to_escape():
+    call = ToolCall("bash", {"command": 'a "b"\n\\', "line": 3})
+    assert num_escapes(Task(id="a", domain="tools", prompt=(), info={"call": call})) == 4
