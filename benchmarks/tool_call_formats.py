@@ -1,17 +1,16 @@
 """Tool-call errors of one model that learns to call in DSML and, from the same start, in JSON.
 
-    python -m benchmarks.tool_call_formats [--quick] [--json FILE] [--seeds 0,1,2] [--model PATH]
+    python -m benchmarks.tool_call_formats [--quick] [--json FILE] [--plot FILE] [--seeds 0,1,2] [--model PATH]
 
 Prompts hold a text that is hard to quote, and the call has to pass it on as it is. Both models have the same start,
 dialogue (V4's, without reasoning), demonstrations, steps, rate and random numbers; they differ in how the call of a
 demonstration is written: in V4's DSML, or as this repository's fenced JSON block. Then they answer the same held-out
 prompts with the same random numbers, once sampled and once greedily. Intervals are 95 % bootstraps over prompts.
 
-The start is the base after ``--copy-steps`` of repeating such prompts word for word: the tiny base cannot, and the
-errors of a model that cannot copy say nothing about formats.
-
-With the default steps the tiny base learns neither form yet: 1,000 errors in 1,000 calls in both, one seed. That
-compares nothing, and no figure is recorded; a start that can copy comes first.
+The start, one for all forms and seeds, is the base after ``--copy-steps`` of repeating such prompts word for word: then
+it knows V4's turns and copies, and the errors of a model that cannot copy say nothing about formats. The base is
+SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its time: nearly every call is
+wrong in both forms, which shows that everything runs and compares nothing.
 
 A text that holds the end tag of a DSML parameter has no form in DSML. None is demonstrated; such prompts are played
 besides and counted apart.
@@ -23,8 +22,10 @@ import asyncio
 import html
 import json
 import random
+import shutil
 import string
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
@@ -34,23 +35,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import Metric, arguments, report
 from posttrain.config import SFT, Model, Optim
 from posttrain.conversation.dsml import PARAMETER_END, call_row
-from posttrain.conversation.dsml_parser import parse_shown
+from posttrain.conversation.dsml_parser import MalformedTurn, parse_shown
 from posttrain.conversation.effort import NON_THINK
 from posttrain.conversation.tool_calls import format_tool_call
 from posttrain.conversation.v4 import V4Format
 from posttrain.conversation.v4_tokens import DSML
 from posttrain.engine.transformers_engine import TransformersEngine
 from posttrain.learner.sft import run_sft
-from posttrain.models import base_path, load_model, load_tokenizer
+from posttrain.models import base_path, compute_dtype, load_model, load_tokenizer
 from posttrain.protocols import Demonstration
 from posttrain.runs.stats import Bootstrap, Estimate, Scores, bootstrap_gain, bootstrap_mean
 from posttrain.types import FinishReason, Message, Request, Sampling, Task, ToolCall
-from recipes.quickstart import BASE
+from recipes.quickstart import BASE as TINY
+from recipes.smollm2 import BASE as SMOLLM2
 from recipes.tasks.splits import DrawnTasks, SolvedTask, problem_id, training
 from recipes.tasks.words import WORDS
 from rewards.tool_calls import read_fenced
@@ -64,15 +68,20 @@ class Kind(StrEnum):
     """Only the tolerant parser reads it, and then it is right."""
     QUOTING = "quoting"
     """It is read, and its arguments differ from those wanted in escapes or types only."""
+    PUNCTUATION = "punctuation"
+    """It is read, with the right letters and digits, and some other characters are missing or too many."""
     CONTENT = "content"
     """It is read and says something else."""
     UNREADABLE = "unreadable"
 
 
 ERRORS = tuple(kind for kind in Kind if kind is not Kind.RIGHT)
+FORM_ERRORS = (Kind.REPAIRED, Kind.QUOTING, Kind.UNREADABLE)
+"""Those that are a matter of how a call is written."""
 PER_1000 = "per 1,000 calls"
 TEMPERATURES: Mapping[str, float] = {"sampled": 1.0, "greedy": 0.0}
 COPY_SEED = 1000
+log = Console(stderr=True)
 
 
 def code(rng: random.Random) -> str:
@@ -229,18 +238,50 @@ def classify(form: Form, text: str, wanted: ToolCall, *, ended: bool) -> Kind:
         return Kind.UNREADABLE
     if list(calls) == [wanted]:
         return Kind.RIGHT if read is form.strict else Kind.REPAIRED
-    return Kind.QUOTING if len(calls) == 1 and _bare(calls[0]) == _bare(wanted) else Kind.CONTENT
+    if len(calls) == 1:
+        for kind, rest in ((Kind.QUOTING, _unescaped), (Kind.PUNCTUATION, _alphanumeric)):
+            if _reduced(calls[0], rest) == _reduced(wanted, rest):
+                return kind
+    return Kind.CONTENT
 
 
-def _bare(call: ToolCall) -> Any:
-    """A call without what escapes and types make of its arguments."""
+def fault(form: Form, text: str, *, ended: bool) -> str:
+    """Why a call is not exactly in its form, in a few words for counts; empty where it is."""
+    if not ended:
+        return "cut off"
+    try:
+        return "" if form.strict(text, ended) else "no call"
+    except MalformedTurn as error:
+        return error.rule
+    except json.JSONDecodeError as error:
+        return error.msg
+    except (ValueError, RecursionError) as error:
+        return str(error).partition(":")[0]
+
+
+def _reduced(call: ToolCall, rest: Callable[[str], str]) -> Any:
+    """A call without the types of its arguments, of whose text only ``rest`` is left."""
     arguments = call.arguments if isinstance(call.arguments, dict) else {}
     texts = {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in arguments.items()
     }
+    return call.name, {name: rest(text) for name, text in texts.items()}
+
+
+def _unescaped(text: str) -> str:
     spelled = str.maketrans({"\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t", "\\": None})
-    return call.name, {name: html.unescape(text).translate(spelled) for name, text in texts.items()}
+    return html.unescape(text).translate(spelled)
+
+
+def _alphanumeric(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
+
+
+def num_escapes(task: Task) -> int:
+    """Characters of a call's arguments that JSON has to escape."""
+    texts = [value for value in task.info["call"].arguments.values() if isinstance(value, str)]
+    return sum(json.dumps(character) != f'"{character}"' for text in texts for character in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,8 +297,8 @@ class Plan:
     prompts: int
     impossible: int
     """Prompts whose text holds DSML's end tag, besides."""
+    max_tokens: int
     families: tuple[Family, ...] = FAMILIES
-    max_tokens: int = 320
 
     def demonstrations(self, write: Callable[[Task], Message], steps: int, *, seed: int) -> list[Demonstration]:
         solved = islice(training(PassOn(self.families).draw, seed=seed), steps * self.batch_size)
@@ -265,21 +306,27 @@ class Plan:
 
     def train(self, start: str, demonstrations: list[Demonstration], folder: Path, *, rate: float, seed: int) -> str:
         """A checkpoint that has seen each demonstration once."""
+        steps = len(demonstrations) // self.batch_size
         final = run_sft(
             model_path=start,
             demonstrations=demonstrations,
             config=SFT(
-                max_steps=len(demonstrations) // self.batch_size,
+                max_steps=steps,
                 batch_size=self.batch_size,
-                optim=Optim(learning_rate=rate, lr_scheduler_type="linear", warmup_steps=10),
+                optim=Optim(learning_rate=rate, lr_scheduler_type="linear", warmup_steps=steps // 10),
             ),
             lora=None,
             seed=seed,
             output_dir=folder,
             on_log=lambda step, metrics: None,
-            dtype=torch.float32,
+            dtype=dtype_of(start),
         )
+        shutil.rmtree(folder / "checkpoints")
         return str(final)
+
+
+def dtype_of(model: str) -> torch.dtype:
+    return compute_dtype("auto", load_model(model, torch.bfloat16).num_parameters())
 
 
 def copier(plan: Plan, folder: Path) -> str:
@@ -299,17 +346,19 @@ def copier(plan: Plan, folder: Path) -> str:
 class Reply:
     text: str
     kind: Kind
+    fault: str = ""
+    """Where it is not exactly in its form, why."""
 
 
 def play(model: str, form: Form, tasks: Sequence[Task], sampling: Sampling, *, seed: int) -> list[Reply]:
     chat = V4Format(load_tokenizer(model), effort=NON_THINK)
-    engine = TransformersEngine(load_model(model, torch.float32), stop_ids=chat.stop_ids)
+    engine = TransformersEngine(load_model(model, dtype_of(model)), stop_ids=chat.stop_ids)
 
     async def reply(task: Task) -> Reply:
         prompt_ids = chat.encode_prompt(task.prompt)
         done = await engine.generate(Request(id=task.id, prompt_ids=prompt_ids, sampling=sampling, seed=seed))
-        text = chat.decode(done.token_ids)
-        return Reply(text, classify(form, text, task.info["call"], ended=done.finish is FinishReason.STOP))
+        text, ended = chat.decode(done.token_ids), done.finish is FinishReason.STOP
+        return Reply(text, classify(form, text, task.info["call"], ended=ended), fault(form, text, ended=ended))
 
     async def all_replies() -> list[Reply]:
         return await asyncio.gather(*map(reply, tasks))
@@ -338,6 +387,26 @@ class Played:
         ]
         return np.array([[1000.0 * (replies[i].kind in kinds) for replies in self.replies] for i in chosen])
 
+    def by_escapes(self) -> list[dict[str, float]]:
+        """Errors per 1,000 calls of the prompts with fewest, more and most to escape, a third each."""
+        chosen = [i for i, task in enumerate(self.tasks) if task.info["family"] != end_tag.__name__]
+        counts = np.array([num_escapes(self.tasks[i]) for i in chosen])
+        errors = self.per_1000(ERRORS).mean(axis=1)
+        return [
+            {
+                "fewest": int(counts[third].min()),
+                "most": int(counts[third].max()),
+                "errors": float(errors[third].mean()),
+            }
+            for third in np.array_split(np.argsort(counts, kind="stable"), 3)
+        ]
+
+    def faults(self) -> dict[str, float]:
+        """Calls per 1,000 that are not exactly in their form, by why, the impossible apart; most frequent first."""
+        chosen = [i for i, task in enumerate(self.tasks) if task.info["family"] != end_tag.__name__]
+        counts = Counter(replies[i].fault for replies in self.replies for i in chosen if replies[i].fault)
+        return {why: 1000 * count / len(chosen) / len(self.replies) for why, count in counts.most_common()}
+
     def examples(self, kind: Kind, count: int = 3) -> list[dict[str, str]]:
         found = (
             {"prompt": task.prompt[0]["content"], "reply": reply.text}
@@ -351,20 +420,21 @@ def compare(plan: Plan, seeds: Sequence[int], folder: Path) -> dict[str, dict[st
     """Train everything, and play it in every form and at every temperature."""
     start = copier(plan, folder / "copier")
     tasks = [*PassOn(plan.families).heldout(count=plan.prompts), *PassOn((end_tag,)).heldout(count=plan.impossible)]
-    played: dict[str, dict[str, Played]] = {}
-    for name, form in FORMS.items():
-        models = {}
-        for seed in seeds:
+    replies: dict[str, dict[str, list[list[Reply]]]] = {name: {label: [] for label in TEMPERATURES} for name in FORMS}
+    for seed in seeds:
+        for name, form in FORMS.items():
+            trained = folder / f"{name}-{seed}"
             demonstrations = plan.demonstrations(form.answer, plan.steps, seed=seed)
-            models[seed] = plan.train(
-                start, demonstrations, folder / f"{name}-{seed}", rate=plan.learning_rate, seed=seed
-            )
-        played[name] = {}
-        for label, temperature in TEMPERATURES.items():
-            sampling = Sampling(temperature=temperature, max_tokens=plan.max_tokens)
-            found = [play(model, form, tasks, sampling, seed=seed) for seed, model in models.items()]
-            played[name][label] = Played(tasks, found)
-    return played
+            model = plan.train(start, demonstrations, trained, rate=plan.learning_rate, seed=seed)
+            for label, temperature in TEMPERATURES.items():
+                sampling = Sampling(temperature=temperature, max_tokens=plan.max_tokens)
+                replies[name][label].append(play(model, form, tasks, sampling, seed=seed))
+                kinds = Counter(str(reply.kind) for reply in replies[name][label][-1])
+                log.print(f"seed {seed}, {name}, {label}: {dict(kinds)}", highlight=False)
+            shutil.rmtree(trained)
+    return {
+        name: {label: Played(tasks, found) for label, found in by_label.items()} for name, by_label in replies.items()
+    }
 
 
 def tokens_per_call(plan: Plan) -> dict[str, float]:
@@ -387,18 +457,21 @@ def tokens_per_call(plan: Plan) -> dict[str, float]:
 
 def metrics_of(played: Mapping[str, Mapping[str, Played]], tokens: Mapping[str, float]) -> list[Metric]:
     """The table's lines, all for information."""
+    counted = {"errors": ERRORS, "form_errors": FORM_ERRORS}
     lines = []
     for label in TEMPERATURES:
         for name in FORMS:
             one = played[name][label]
-            lines += _with_interval(f"{name}/{label}/errors", bootstrap_mean(one.per_1000(ERRORS), Bootstrap()))
+            for what, kinds in counted.items():
+                lines += _with_interval(f"{name}/{label}/{what}", bootstrap_mean(one.per_1000(kinds), Bootstrap()))
             lines += [
                 Metric(f"{name}/{label}/{kind}", float(one.per_1000([kind]).mean()), PER_1000, "") for kind in ERRORS
             ]
             impossible = one.per_1000(ERRORS, end_tag.__name__)
             lines.append(Metric(f"{name}/{label}/end_tag_errors", float(impossible.mean()), PER_1000, ""))
-        dsml, fenced = (played[name][label].per_1000(ERRORS) for name in ("dsml", "json"))
-        lines += _with_interval(f"dsml_less_json/{label}/errors", bootstrap_gain(dsml, fenced, Bootstrap()))
+        for what, kinds in counted.items():
+            dsml, fenced = (played[name][label].per_1000(kinds) for name in ("dsml", "json"))
+            lines += _with_interval(f"dsml_less_json/{label}/{what}", bootstrap_gain(dsml, fenced, Bootstrap()))
     return [*lines, *(Metric(f"{name}/tokens_per_call", value, "tokens", "") for name, value in tokens.items())]
 
 
@@ -413,15 +486,39 @@ def details_of(played: Mapping[str, Mapping[str, Played]], families: Sequence[Fa
         f"{name}/{label}": {
             "seeds": one.per_1000(ERRORS).mean(axis=0).tolist(),
             "kinds": {kind: _interval(one.per_1000([kind])) for kind in ERRORS},
+            "faults": one.faults(),
             "families": {
                 family.__name__: {kind: float(one.per_1000([kind], family.__name__).mean()) for kind in ERRORS}
                 for family in (*families, end_tag)
             },
+            "escapes": one.by_escapes(),
             "examples": {kind: one.examples(kind) for kind in ERRORS},
         }
         for name, by_label in played.items()
         for label, one in by_label.items()
     }
+
+
+def draw(played: Mapping[str, Mapping[str, Played]]) -> Figure:
+    """A bar of errors for each form and temperature, made of its kinds, with the interval of the sum."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [(label, name) for label in reversed(TEMPERATURES) for name in reversed(FORMS)]
+    bars = [played[name][label] for label, name in rows]
+    left = np.zeros(len(rows))
+    for kind in ERRORS:
+        widths = np.array([one.per_1000([kind]).mean() for one in bars])
+        axes.barh(range(len(rows)), widths, left=left, height=0.6, label=kind.value)
+        left += widths
+    for row, one in enumerate(bars):
+        value, low, high = _interval(one.per_1000(ERRORS))
+        axes.plot([low, high], [row, row], color="black", linewidth=1)
+        axes.annotate(f"{value:.0f}", (high, row), xytext=(4, -3), textcoords="offset points")
+    axes.set_yticks(range(len(rows)), [f"{name}, {label}" for label, name in rows])
+    axes.set_xlabel("errors per 1,000 calls")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def _interval(scores: Scores) -> list[float]:
@@ -430,21 +527,34 @@ def _interval(scores: Scores) -> list[float]:
 
 
 FULL = Plan(
-    model=BASE.path,
-    copy_steps=500,
-    copy_learning_rate=3e-3,
-    steps=150,
-    learning_rate=1e-3,
-    batch_size=16,
-    prompts=400,
-    impossible=60,
+    model=SMOLLM2.path,
+    copy_steps=20,
+    copy_learning_rate=5e-4,
+    steps=36,
+    learning_rate=5e-4,
+    batch_size=8,
+    prompts=100,
+    impossible=12,
+    max_tokens=160,
 )
-QUICK = replace(FULL, copy_steps=60, steps=25, batch_size=8, prompts=40, impossible=8, families=(shell, pattern))
+QUICK = replace(
+    FULL,
+    model=TINY.path,
+    copy_steps=60,
+    copy_learning_rate=3e-3,
+    steps=25,
+    learning_rate=1e-3,
+    prompts=40,
+    impossible=8,
+    families=(shell, pattern),
+    max_tokens=320,
+)
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", help="of training and sampling, comma-separated")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the errors by kind")
     parser.add_argument("--model", default=FULL.model, help="a path as in a recipe")
     for name in ("copy_steps", "steps", "batch_size", "prompts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
@@ -455,9 +565,10 @@ def main() -> None:
     plan = replace(QUICK if options.quick else FULL, **{k: v for k, v in changes.items() if v is not None})
     seeds = [int(seed) for seed in (options.seeds or ("0" if options.quick else "0,1,2")).split(",")]
     disable_progress_bar()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         played = compare(plan, seeds, Path(folder))
+    if options.plot:
+        draw(played).savefig(options.plot, dpi=150, facecolor="white", metadata={"Software": None})
     settings = {name: value for name, value in asdict(plan).items() if name != "families"}
     report(
         "tool-call formats",

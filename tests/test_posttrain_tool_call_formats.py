@@ -6,10 +6,24 @@ import random
 
 import pytest
 
-from benchmarks.tool_call_formats import ERRORS, FAMILIES, FORMS, Kind, PassOn, Played, Reply, classify, end_tag
+from benchmarks.tool_call_formats import (
+    ERRORS,
+    FAMILIES,
+    FORMS,
+    TEMPERATURES,
+    Kind,
+    PassOn,
+    Played,
+    Reply,
+    classify,
+    end_tag,
+    fault,
+    metrics_of,
+    num_escapes,
+)
 from posttrain.conversation.dsml import Unwritable, write_calls
 from posttrain.conversation.tool_calls import format_tool_call
-from posttrain.types import ToolCall
+from posttrain.types import Task, ToolCall
 
 TEXT = 'echo "$a"\n\\b <i>'
 WANTED = ToolCall("insert", {"line": 3, "text": TEXT})
@@ -39,7 +53,9 @@ WRITE = {"dsml": dsml, "json": format_tool_call}
         (insert("3", TEXT), Kind.QUOTING),
         (insert(4, TEXT), Kind.CONTENT),
         (insert(3, TEXT.replace("$a", "$b")), Kind.CONTENT),
-        (insert(3, TEXT.replace("\n", " ")), Kind.CONTENT),
+        (insert(3, TEXT.replace("\n", " ")), Kind.PUNCTUATION),
+        (insert(3, TEXT.replace('"', "")), Kind.PUNCTUATION),
+        (insert(3, TEXT.replace("<i>", "<i>>")), Kind.PUNCTUATION),
         (ToolCall("insert", {"text": TEXT}), Kind.CONTENT),
         (ToolCall("bash", WANTED.arguments), Kind.CONTENT),
         (ToolCall("insert", [TEXT]), Kind.CONTENT),
@@ -72,6 +88,24 @@ def test_what_the_strict_parser_refuses_is_repaired_or_unreadable(form, text, ki
     assert classify(FORMS[form], text, WANTED, ended=True) is kind
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "ended", "why"),
+    [
+        ("dsml", RIGHT["dsml"], True, ""),
+        ("dsml", RIGHT["dsml"], False, "cut off"),
+        ("dsml", RIGHT["dsml"].replace(TEXT, f"{TEXT}</｜DSML｜parameter>"), True, "value"),  # noqa: RUF001
+        ("dsml", "I insert it.", True, "no call"),
+        ("json", RIGHT["json"], True, ""),
+        ("json", RIGHT["json"], False, "cut off"),
+        ("json", RIGHT["json"].replace('\\"', '"'), True, "Expecting ',' delimiter"),
+        ("json", RIGHT["json"].replace("\\\\b", "\\d"), True, "Invalid \\escape"),
+        ("json", RIGHT["json"].replace("\\n", "\n"), True, "Invalid control character at"),
+    ],
+)
+def test_why_a_call_is_not_exactly_in_its_form(form, text, ended, why):
+    assert fault(FORMS[form], text, ended=ended) == why
+
+
 def test_every_prompt_but_the_impossible_can_be_answered_in_both_forms():
     rng = random.Random(0)
     for family in FAMILIES:
@@ -93,3 +127,36 @@ def test_errors_are_counted_per_1000_calls_and_the_impossible_apart():
     assert played.per_1000([Kind.QUOTING]).mean() == 500
     assert played.per_1000(ERRORS, end_tag.__name__).tolist() == [[1000, 1000]]
     assert [example["prompt"] for example in played.examples(Kind.QUOTING)] == [tasks[1].prompt[0]["content"]]
+
+
+def test_the_difference_is_dsml_less_json_on_the_same_prompts():
+    tasks = PassOn(FAMILIES[:1]).heldout(count=4) + PassOn((end_tag,)).heldout(count=1)
+    kinds = {
+        "dsml": [Kind.RIGHT, Kind.RIGHT, Kind.RIGHT, Kind.CONTENT, Kind.UNREADABLE],
+        "json": [Kind.RIGHT, Kind.QUOTING, Kind.UNREADABLE, Kind.CONTENT, Kind.RIGHT],
+    }
+    played = {
+        name: {label: Played(tasks, [[Reply("", kind) for kind in found]]) for label in TEMPERATURES}
+        for name, found in kinds.items()
+    }
+    values = {metric.name: metric.value for metric in metrics_of(played, {})}
+    assert values["dsml/greedy/errors"] == 250
+    assert values["json/greedy/errors"] == 750
+    assert values["json/greedy/form_errors"] == 500
+    assert values["dsml/greedy/form_errors"] == 0
+    assert values["dsml_less_json/greedy/errors"] == -500
+    assert values["dsml_less_json/greedy/form_errors"] == -500
+    assert values["dsml/greedy/end_tag_errors"] == 1000
+
+
+def test_errors_are_told_apart_by_how_much_json_has_to_escape():
+    tasks = PassOn(FAMILIES).heldout(count=6)
+    by_escapes = sorted(tasks, key=num_escapes)
+    assert num_escapes(by_escapes[0]) < num_escapes(by_escapes[-1])
+    played = Played(by_escapes, [[Reply("", kind) for kind in 4 * [Kind.RIGHT] + 2 * [Kind.CONTENT]]])
+    assert [third["errors"] for third in played.by_escapes()] == [0, 0, 1000]
+
+
+def test_what_json_has_to_escape():
+    call = ToolCall("bash", {"command": 'a "b"\n\\', "line": 3})
+    assert num_escapes(Task(id="a", domain="tools", prompt=(), info={"call": call})) == 4
