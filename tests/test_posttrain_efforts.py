@@ -341,7 +341,7 @@ def test_the_report_shows_length_and_score_of_each_mode() -> None:
 @pytest.mark.timeout(240)
 def test_a_run_trains_merges_and_measures_each_mode(recipe: Recipe, tmp_path: Path) -> None:
     recipe = recipe.replace(
-        distill=recipe.distill.replace(max_steps=2),
+        distill=recipe.distill.replace(max_steps=2, start="sft_mean"),
         evaluation=recipe.evaluation.replace(num_tasks=3, num_samples=1, bootstrap_resamples=20),
     )
     report = run_recipe(recipe, tmp_path / "run", resume=False)
@@ -355,13 +355,14 @@ def test_a_run_trains_merges_and_measures_each_mode(recipe: Recipe, tmp_path: Pa
         mode: {"base", "sft", "specialist", "student"} for mode in recipe.domains["vowels"].efforts
     }
     assert (run.plots / "efforts.png").read_bytes().startswith(b"\x89PNG")
+    assert not run.stage("distill").start.exists()
     assert "Effort modes" in run.report_html.read_text()
     assert {"kl/vowels", "kl/digits"} <= set(json.loads(run.metrics.read_text().splitlines()[-1]))
 
 
 def test_the_recipe_has_a_teacher_for_each_mode_and_ways_to_think() -> None:
     recipe = load_recipe("efforts")
-    assert list(recipe.specialties()) == [f"{domain}.{mode}" for domain in ("bill", "dial") for mode in MODES]
+    assert list(recipe.specialties()) == [f"{domain}.{mode}" for domain in ("sum", "highest") for mode in MODES]
     check_recipe(recipe)
     for domain in recipe.domains.values():
         budgets = [domain.sampling_at(mode).max_tokens for mode in MODES]

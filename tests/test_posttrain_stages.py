@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.config import Distill, Optim
+from posttrain.config import SFT, Distill, Optim
 from posttrain.errors import RecipeError
 from posttrain.learner.distillation import DistillObjective
 from posttrain.learner.learner import Learner
@@ -21,6 +21,7 @@ from posttrain.runs.rundir import EventKind, RunDir
 from posttrain.stages.distill import ITSELF, check_self_distillation
 from posttrain.stages.evaluate import Contestant, contestants, evaluate
 from posttrain.stages.grpo import merge_updates
+from posttrain.stages.merge_weights import sft_mean
 from posttrain.stages.session import Session
 from posttrain.types import SandboxSpec, Task
 from teachers.library import SwapOnDemand
@@ -57,6 +58,31 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tiny_model, tmp_
             assert all(torch.equal(tensor, before[name]) for name, tensor in learner.weights(torch.float32).items())
         with pytest.raises(KeyError):
             opened.store.get(f"{ITSELF}-0")
+
+
+def test_a_student_may_start_at_the_mean_of_the_sft_models(session, tmp_path):
+    recipe = session.recipe
+    weights = {"vowels": 1.0, "digits": 3.0}
+    domains = {name: domain.replace(weight=weights[name], sft=SFT()) for name, domain in recipe.domains.items()}
+    session.recipe = recipe.replace(domains=domains, distill=recipe.distill.replace(start="sft_mean"))
+    session.base_path = session.recipe.model.path
+    paths = {
+        name: save_tiny_model(session.run.stage(f"sft-{name}").final, seed=seed) for seed, name in enumerate(weights, 1)
+    }
+    for name in weights:
+        session.run.stage(f"sft-{name}").mark_done({})
+    stage = session.run.stage("distill")
+    found = load_model(sft_mean(session, stage), torch.float32).state_dict()
+    first, second = (load_model(path, torch.float32).state_dict() for path in paths.values())
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name], rtol=1e-2, atol=1e-3)
+    written = (stage.start / "model.safetensors").stat().st_mtime_ns
+    sft_mean(session, stage)
+    assert (stage.start / "model.safetensors").stat().st_mtime_ns == written
+
+    without = {name: domain.replace(sft=None) for name, domain in domains.items()}
+    with pytest.raises(ValueError, match=r"distill\.start = 'sft_mean' and no domain has sft"):
+        session.recipe.replace(domains=without)
 
 
 def test_a_stage_killed_right_after_its_end_is_tidied_up_when_the_run_goes_on(session):

@@ -148,7 +148,7 @@ def draw_efforts(evaluations: Sequence[DomainEvaluation], options: Bootstrap) ->
                 _draw_by_effort(axes, efforts, model, measure, shift=0.1 * place - 0.05)
             axes.set_xticks(range(len(efforts)), list(efforts))
             axes.set_xlim(-0.4, len(efforts) - 0.6)
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        grid[row][0].set_ylim(bottom=min(0.0, grid[row][0].get_ylim()[0]))
         grid[row][0].set_ylabel(label, color=INK)
     _legend(grid[0][0], 2)
     return figure

@@ -6,11 +6,13 @@ numbers with a running total, ``max`` goes through them backwards as well and, w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from posttrain.conversation.effort import MAX, MODES, thinks
 from posttrain.errors import RecipeError
@@ -23,8 +25,8 @@ AGAIN = "again"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReasonedSums(DrawnTasks):
-    """Sums of small numbers, plain or round a dial, for ``rewards.math.MathReward``.
+class ReasonedNumbers(DrawnTasks):
+    """The sum or the highest of a few digits, for ``rewards.math.MathReward``.
 
     ``info`` holds ``numbers``; demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``.
     """
@@ -32,10 +34,8 @@ class ReasonedSums(DrawnTasks):
     domain: str
     request: str
     """What the numbers are asked for with."""
-    modulus: int | None = None
-    """Places of the dial; None for plain sums."""
-    num_numbers: int = 4
-    largest: int = 5
+    operation: Literal["sum", "highest"] = "sum"
+    num_numbers: int = 3
     modes: tuple[str, ...] = MODES
     """The effort modes that demonstrations are written in."""
     slips: float = 0.2
@@ -44,18 +44,18 @@ class ReasonedSums(DrawnTasks):
     def __post_init__(self) -> None:
         if not self.modes or {*self.modes} - {*MODES}:
             raise RecipeError(
-                f"ReasonedSums.modes = {self.modes}: expected some of {', '.join(MODES)}, for which there are ways to "
-                "reason; change it"
+                f"ReasonedNumbers.modes = {self.modes}: expected some of {', '.join(MODES)}, for which there are ways "
+                "to reason; change it"
             )
 
     def draw(self, rng: random.Random) -> SolvedTask:
-        numbers = [rng.randint(1, self.largest) for _ in range(self.num_numbers)]
+        numbers = [rng.randint(1, 9) for _ in range(self.num_numbers)]
         question = "\n".join([self.request, *(f"{name}{number}" for name, number in _named(numbers))])
         task = Task(
             id=problem_id(self.domain, question),
             domain=self.domain,
             prompt=({"role": "user", "content": question},),
-            answer=str(self._turned(sum(numbers))),
+            answer=str(functools.reduce(self._join, numbers, 0)),
             info={"numbers": numbers},
         )
         return SolvedTask(task=task, solution=({"role": "assistant", "content": str(task.answer)},))
@@ -79,20 +79,27 @@ class ReasonedSums(DrawnTasks):
         backwards = self._go_through(named[::-1])
         if slips.random() >= self.slips:
             return [right, backwards]
-        slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
-        return [self._go_through(named, slip=slip), backwards, right]
+        wrong = right
+        while _end(wrong) == _end(right):
+            slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
+            wrong = self._go_through(named, slip=slip)
+        return [wrong, backwards, right]
 
     def _go_through(self, named: Sequence[tuple[str, int]], *, slip: tuple[int, int] | None = None) -> str:
         """A line for each number with the total so far; a slip is where it goes wrong and by how much."""
-        lines, total = [], 0
+        lines, total, sign = [], 0, "+" if self.operation == "sum" else "or"
         for index, (name, number) in enumerate(named):
             wrong_by = slip[1] if slip is not None and index == slip[0] else 0
-            before, total = total, self._turned(total + number + wrong_by)
-            lines.append(f"{name}{number}: {before} + {number} = {total}")
+            before, total = total, self._join(total, number) + wrong_by
+            lines.append(f"{name}{number}: {before} {sign} {number} = {total}")
         return "\n".join(lines)
 
-    def _turned(self, total: int) -> int:
-        return total if self.modulus is None else total % self.modulus
+    def _join(self, total: int, number: int) -> int:
+        return total + number if self.operation == "sum" else max(total, number)
+
+
+def _end(go: str) -> str:
+    return go.rpartition(" = ")[2]
 
 
 def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
@@ -101,9 +108,9 @@ def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
     return list(zip(string.ascii_lowercase, numbers, strict=False))
 
 
-def bills() -> ReasonedSums:
-    return ReasonedSums(domain="bill", request="Add up:")
+def sums() -> ReasonedNumbers:
+    return ReasonedNumbers(domain="sum", request="Add up:")
 
 
-def dials() -> ReasonedSums:
-    return ReasonedSums(domain="dial", request="Turn a dial of ten:", modulus=10)
+def highest() -> ReasonedNumbers:
+    return ReasonedNumbers(domain="highest", request="Find the highest:", operation="highest")
