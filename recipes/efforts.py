@@ -8,7 +8,7 @@ from posttrain.config import GRPO, SFT, Distill, Domain, Effort, Evaluation, Mod
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.rollout.environments import SingleTurn
 from posttrain.types import Sampling
-from recipes.tasks.reasoned import ReasonedNumbers, highest, sums
+from recipes.tasks.reasoned import ReasonedNumbers, rests, sums
 from rewards.length import OverlongPenalty
 from rewards.math import MathReward
 from teachers.library import SwapOnDemand
@@ -18,22 +18,22 @@ def efforts() -> dict[str, Effort]:
     return {
         NON_THINK: Effort(sampling=Sampling(max_tokens=8), max_sequence_tokens=128, grpo=grpo()),
         HIGH: Effort(
-            sampling=Sampling(max_tokens=64),
+            sampling=Sampling(max_tokens=80),
             max_sequence_tokens=192,
-            length_penalty=OverlongPenalty(max_tokens=64, cache_tokens=16),
-            grpo=grpo(),
+            length_penalty=OverlongPenalty(max_tokens=80, cache_tokens=16),
+            grpo=grpo(40),
         ),
         MAX: Effort(
-            sampling=Sampling(max_tokens=160),
+            sampling=Sampling(max_tokens=192),
             max_sequence_tokens=512,
-            length_penalty=OverlongPenalty(max_tokens=160, cache_tokens=24),
-            grpo=grpo(),
+            length_penalty=OverlongPenalty(max_tokens=192, cache_tokens=24),
+            grpo=grpo(40),
         ),
     }
 
 
 def grpo(steps: int = 20) -> GRPO:
-    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
+    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=3e-4))
 
 
 def domain(tasks: ReasonedNumbers) -> Domain:
@@ -42,9 +42,9 @@ def domain(tasks: ReasonedNumbers) -> Domain:
         reward=MathReward(),
         environment=SingleTurn(),
         sft=SFT(
-            num_demonstrations=7200,
-            max_steps=600,
-            batch_size=12,
+            num_demonstrations=6400,
+            max_steps=400,
+            batch_size=16,
             optim=Optim(learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=20),
         ),
         efforts=efforts(),
@@ -55,12 +55,12 @@ def recipe() -> Recipe:
     return Recipe(
         name="efforts",
         model=Model(path="package:recipes/tiny", dtype="float32", chat="v4"),
-        domains={"sum": domain(sums()), "highest": domain(highest())},
+        domains={"sum": domain(sums()), "rest": domain(rests())},
         distill=Distill(
             teachers=SwapOnDemand(),
             # From the base the student would never draw a thought, and a reverse KL would not teach it to.
             start="sft_mean",
-            max_steps=160,
+            max_steps=130,
             rollouts_per_step=64,
             optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5),
         ),

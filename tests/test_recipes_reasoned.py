@@ -10,10 +10,10 @@ import pytest
 
 from posttrain.conversation.effort import HIGH, MODES, NON_THINK
 from posttrain.errors import RecipeError
-from recipes.tasks.reasoned import AGAIN, ReasonedNumbers, highest, sums
+from recipes.tasks.reasoned import AGAIN, ReasonedNumbers, rests, sums
 
 
-@pytest.mark.parametrize("source", [sums(), highest()], ids=["sums", "highest"])
+@pytest.mark.parametrize("source", [sums(), rests()], ids=["sums", "rests"])
 def test_demonstrations_think_as_their_mode_says(source: ReasonedNumbers) -> None:
     lengths: dict[str, list[int]] = {mode: [] for mode in MODES}
     slipped = 0
@@ -21,8 +21,8 @@ def test_demonstrations_think_as_their_mode_says(source: ReasonedNumbers) -> Non
         mode = asked["effort"]
         assert mode == MODES[index % 3]
         numbers = [int(line[1:]) for line in asked["content"].splitlines()[1:]]
-        join = operator.add if source.operation == "sum" else max
-        answer = functools.reduce(join, numbers)
+        join = operator.add if source.sign == "+" else operator.sub
+        answer = functools.reduce(join, numbers, source.start)
         assert int(said["content"]) == answer
         thoughts = said.get("reasoning", "")
         lengths[mode].append(len(thoughts))

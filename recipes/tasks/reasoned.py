@@ -26,7 +26,7 @@ AGAIN = "again"
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonedNumbers(DrawnTasks):
-    """The sum or the highest of a few digits, for ``rewards.math.MathReward``.
+    """Small numbers to add up, or to take from 20, for ``rewards.math.MathReward``.
 
     ``info`` holds ``numbers``; demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``.
     """
@@ -34,8 +34,9 @@ class ReasonedNumbers(DrawnTasks):
     domain: str
     request: str
     """What the numbers are asked for with."""
-    operation: Literal["sum", "highest"] = "sum"
-    num_numbers: int = 3
+    start: int = 0
+    sign: Literal["+", "-"] = "+"
+    num_numbers: int = 4
     modes: tuple[str, ...] = MODES
     """The effort modes that demonstrations are written in."""
     slips: float = 0.2
@@ -49,13 +50,13 @@ class ReasonedNumbers(DrawnTasks):
             )
 
     def draw(self, rng: random.Random) -> SolvedTask:
-        numbers = [rng.randint(1, 9) for _ in range(self.num_numbers)]
+        numbers = [rng.randint(1, 5) for _ in range(self.num_numbers)]
         question = "\n".join([self.request, *(f"{name}{number}" for name, number in _named(numbers))])
         task = Task(
             id=problem_id(self.domain, question),
             domain=self.domain,
             prompt=({"role": "user", "content": question},),
-            answer=str(functools.reduce(self._join, numbers, 0)),
+            answer=str(functools.reduce(self._join, numbers, self.start)),
             info={"numbers": numbers},
         )
         return SolvedTask(task=task, solution=({"role": "assistant", "content": str(task.answer)},))
@@ -79,27 +80,20 @@ class ReasonedNumbers(DrawnTasks):
         backwards = self._go_through(named[::-1])
         if slips.random() >= self.slips:
             return [right, backwards]
-        wrong = right
-        while _end(wrong) == _end(right):
-            slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
-            wrong = self._go_through(named, slip=slip)
-        return [wrong, backwards, right]
+        slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
+        return [self._go_through(named, slip=slip), backwards, right]
 
     def _go_through(self, named: Sequence[tuple[str, int]], *, slip: tuple[int, int] | None = None) -> str:
         """A line for each number with the total so far; a slip is where it goes wrong and by how much."""
-        lines, total, sign = [], 0, "+" if self.operation == "sum" else "or"
+        lines, total = [], self.start
         for index, (name, number) in enumerate(named):
             wrong_by = slip[1] if slip is not None and index == slip[0] else 0
             before, total = total, self._join(total, number) + wrong_by
-            lines.append(f"{name}{number}: {before} {sign} {number} = {total}")
+            lines.append(f"{name}{number}: {before} {self.sign} {number} = {total}")
         return "\n".join(lines)
 
     def _join(self, total: int, number: int) -> int:
-        return total + number if self.operation == "sum" else max(total, number)
-
-
-def _end(go: str) -> str:
-    return go.rpartition(" = ")[2]
+        return total + number if self.sign == "+" else total - number
 
 
 def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
@@ -112,5 +106,5 @@ def sums() -> ReasonedNumbers:
     return ReasonedNumbers(domain="sum", request="Add up:")
 
 
-def highest() -> ReasonedNumbers:
-    return ReasonedNumbers(domain="highest", request="Find the highest:", operation="highest")
+def rests() -> ReasonedNumbers:
+    return ReasonedNumbers(domain="rest", request="Take from 20:", start=20, sign="-")
