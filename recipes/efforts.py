@@ -8,7 +8,7 @@ from posttrain.config import GRPO, SFT, Distill, Domain, Effort, Evaluation, Mod
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.rollout.environments import SingleTurn
 from posttrain.types import Sampling
-from recipes.tasks.reasoned import ReasonedNumbers, rests, sums
+from recipes.tasks.reasoned import ReasonedSums, bills, dials
 from rewards.length import OverlongPenalty
 from rewards.math import MathReward
 from teachers.library import SwapOnDemand
@@ -21,30 +21,30 @@ def efforts() -> dict[str, Effort]:
             sampling=Sampling(max_tokens=80),
             max_sequence_tokens=192,
             length_penalty=OverlongPenalty(max_tokens=80, cache_tokens=16),
-            grpo=grpo(40),
+            grpo=grpo(),
         ),
         MAX: Effort(
             sampling=Sampling(max_tokens=192),
             max_sequence_tokens=512,
             length_penalty=OverlongPenalty(max_tokens=192, cache_tokens=24),
-            grpo=grpo(40),
+            grpo=grpo(),
         ),
     }
 
 
 def grpo(steps: int = 20) -> GRPO:
-    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=3e-4))
+    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
 
 
-def domain(tasks: ReasonedNumbers) -> Domain:
+def domain(tasks: ReasonedSums) -> Domain:
     return Domain(
         tasks=tasks,
         reward=MathReward(),
         environment=SingleTurn(),
         sft=SFT(
-            num_demonstrations=6400,
-            max_steps=400,
-            batch_size=16,
+            num_demonstrations=6000,
+            max_steps=500,
+            batch_size=12,
             optim=Optim(learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=20),
         ),
         efforts=efforts(),
@@ -55,13 +55,13 @@ def recipe() -> Recipe:
     return Recipe(
         name="efforts",
         model=Model(path="package:recipes/tiny", dtype="float32", chat="v4"),
-        domains={"sum": domain(sums()), "rest": domain(rests())},
+        domains={"bill": domain(bills()), "dial": domain(dials())},
         distill=Distill(
             teachers=SwapOnDemand(),
             # From the base the student would never draw a thought, and a reverse KL would not teach it to.
             start="sft_mean",
-            max_steps=130,
-            rollouts_per_step=64,
+            max_steps=100,
+            rollouts_per_step=48,
             optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5),
         ),
         evaluation=Evaluation(num_tasks=100, num_samples=2, greedy=False),

@@ -6,13 +6,11 @@ numbers with a running total, ``max`` goes through them backwards as well and, w
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from posttrain.conversation.effort import MAX, MODES, thinks
 from posttrain.errors import RecipeError
@@ -25,8 +23,8 @@ AGAIN = "again"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReasonedNumbers(DrawnTasks):
-    """Small numbers to add up, or to take from 20, for ``rewards.math.MathReward``.
+class ReasonedSums(DrawnTasks):
+    """Sums of small numbers, plain or round a dial, for ``rewards.math.MathReward``.
 
     ``info`` holds ``numbers``; demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``.
     """
@@ -34,9 +32,10 @@ class ReasonedNumbers(DrawnTasks):
     domain: str
     request: str
     """What the numbers are asked for with."""
-    start: int = 0
-    sign: Literal["+", "-"] = "+"
+    modulus: int | None = None
+    """Places of the dial; None for plain sums."""
     num_numbers: int = 4
+    largest: int = 5
     modes: tuple[str, ...] = MODES
     """The effort modes that demonstrations are written in."""
     slips: float = 0.2
@@ -45,18 +44,18 @@ class ReasonedNumbers(DrawnTasks):
     def __post_init__(self) -> None:
         if not self.modes or {*self.modes} - {*MODES}:
             raise RecipeError(
-                f"ReasonedNumbers.modes = {self.modes}: expected some of {', '.join(MODES)}, for which there are ways "
-                "to reason; change it"
+                f"ReasonedSums.modes = {self.modes}: expected some of {', '.join(MODES)}, for which there are ways to "
+                "reason; change it"
             )
 
     def draw(self, rng: random.Random) -> SolvedTask:
-        numbers = [rng.randint(1, 5) for _ in range(self.num_numbers)]
+        numbers = [rng.randint(1, self.largest) for _ in range(self.num_numbers)]
         question = "\n".join([self.request, *(f"{name}{number}" for name, number in _named(numbers))])
         task = Task(
             id=problem_id(self.domain, question),
             domain=self.domain,
             prompt=({"role": "user", "content": question},),
-            answer=str(functools.reduce(self._join, numbers, self.start)),
+            answer=str(self._turned(sum(numbers))),
             info={"numbers": numbers},
         )
         return SolvedTask(task=task, solution=({"role": "assistant", "content": str(task.answer)},))
@@ -85,15 +84,15 @@ class ReasonedNumbers(DrawnTasks):
 
     def _go_through(self, named: Sequence[tuple[str, int]], *, slip: tuple[int, int] | None = None) -> str:
         """A line for each number with the total so far; a slip is where it goes wrong and by how much."""
-        lines, total = [], self.start
+        lines, total = [], 0
         for index, (name, number) in enumerate(named):
             wrong_by = slip[1] if slip is not None and index == slip[0] else 0
-            before, total = total, self._join(total, number) + wrong_by
-            lines.append(f"{name}{number}: {before} {self.sign} {number} = {total}")
+            before, total = total, self._turned(total + number + wrong_by)
+            lines.append(f"{name}{number}: {before} + {number} = {total}")
         return "\n".join(lines)
 
-    def _join(self, total: int, number: int) -> int:
-        return total + number if self.sign == "+" else total - number
+    def _turned(self, total: int) -> int:
+        return total if self.modulus is None else total % self.modulus
 
 
 def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
@@ -102,9 +101,9 @@ def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
     return list(zip(string.ascii_lowercase, numbers, strict=False))
 
 
-def sums() -> ReasonedNumbers:
-    return ReasonedNumbers(domain="sum", request="Add up:")
+def bills() -> ReasonedSums:
+    return ReasonedSums(domain="bill", request="Add up:")
 
 
-def rests() -> ReasonedNumbers:
-    return ReasonedNumbers(domain="rest", request="Take from 20:", start=20, sign="-")
+def dials() -> ReasonedSums:
+    return ReasonedSums(domain="dial", request="Turn a dial of ten:", modulus=10)
