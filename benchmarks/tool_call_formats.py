@@ -9,7 +9,7 @@ prompts with the same random numbers, once sampled and once greedily. Intervals 
 
 The start, one for all forms and seeds, is the base after ``--copy-steps`` of repeating such prompts word for word: then
 it knows V4's turns and copies, and the errors of a model that cannot copy say nothing about formats. The base is
-SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its time: nearly every call is
+SmolLM2-135M-Instruct. ``--quick`` takes the tiny base, which does not learn to copy in its steps: nearly every call is
 wrong in both forms, which shows that everything runs and compares nothing.
 
 A text that holds the end tag of a DSML parameter has no form in DSML. None is demonstrated; such prompts are played
@@ -18,6 +18,7 @@ besides and counted apart.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import html
 import json
@@ -540,29 +541,37 @@ FULL = Plan(
 QUICK = replace(
     FULL,
     model=TINY.path,
-    copy_steps=60,
-    copy_learning_rate=3e-3,
-    steps=25,
-    learning_rate=1e-3,
+    copy_steps=100,
+    copy_learning_rate=4e-3,
+    steps=50,
+    learning_rate=2e-3,
     prompts=40,
     impossible=8,
-    families=(shell, pattern),
-    max_tokens=320,
+    families=(shell,),
 )
 
 
-def main() -> None:
+def options_of(arguments_given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", help="of training and sampling, comma-separated")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the errors by kind")
-    parser.add_argument("--model", default=FULL.model, help="a path as in a recipe")
+    parser.add_argument("--model", help="a path as in a recipe")
     for name in ("copy_steps", "steps", "batch_size", "prompts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     for name in ("copy_learning_rate", "learning_rate"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
-    options = parser.parse_args()
+    return parser.parse_args(arguments_given)
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The quick or the full form, with what the options change."""
     changes = {field.name: getattr(options, field.name, None) for field in fields(Plan)}
-    plan = replace(QUICK if options.quick else FULL, **{k: v for k, v in changes.items() if v is not None})
+    return replace(QUICK if options.quick else FULL, **{k: v for k, v in changes.items() if v is not None})
+
+
+def main() -> None:
+    options = options_of()
+    plan = plan_of(options)
     seeds = [int(seed) for seed in (options.seeds or ("0" if options.quick else "0,1,2")).split(",")]
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,8 @@ from benchmarks.tool_call_formats import (
     ERRORS,
     FAMILIES,
     FORMS,
+    FULL,
+    QUICK,
     TEMPERATURES,
     Kind,
     PassOn,
@@ -20,6 +23,8 @@ from benchmarks.tool_call_formats import (
     fault,
     metrics_of,
     num_escapes,
+    options_of,
+    plan_of,
 )
 from posttrain.conversation.dsml import Unwritable, write_calls
 from posttrain.conversation.tool_calls import format_tool_call
@@ -160,3 +165,9 @@ def test_errors_are_told_apart_by_how_much_json_has_to_escape():
 def test_what_json_has_to_escape():
     call = ToolCall("bash", {"command": 'a "b"\n\\', "line": 3})
     assert num_escapes(Task(id="a", domain="tools", prompt=(), info={"call": call})) == 4
+
+
+def test_options_change_the_form_that_is_chosen_and_nothing_else():
+    assert plan_of(options_of([])) == FULL
+    assert plan_of(options_of(["--quick"])) == QUICK
+    assert plan_of(options_of(["--quick", "--model", "a", "--steps", "3"])) == replace(QUICK, model="a", steps=3)
