@@ -1,6 +1,6 @@
 """Effort modes: a specialist for each mode of two domains, merged into one student that thinks as long as it is told.
 
-The tiny model answers at once (``non-think``), step by step (``high``), or so with a check (``max``). One SFT a
+The tiny model answers at once (``non-think``), number by number (``high``), or counting by ones (``max``). One SFT a
 domain shows it the three forms; then each mode has its own GRPO, with its own budget and price of length.
 """
 
@@ -8,7 +8,7 @@ from posttrain.config import GRPO, SFT, Distill, Domain, Effort, Evaluation, Mod
 from posttrain.conversation.effort import HIGH, MAX, NON_THINK
 from posttrain.rollout.environments import SingleTurn
 from posttrain.types import Sampling
-from recipes.tasks.reasoned import ReasonedSums, bills, dials
+from recipes.tasks.reasoned import ReasonedSums, bills, rests
 from rewards.length import OverlongPenalty
 from rewards.math import MathReward
 from teachers.library import SwapOnDemand
@@ -18,22 +18,22 @@ def efforts() -> dict[str, Effort]:
     return {
         NON_THINK: Effort(sampling=Sampling(max_tokens=8), max_sequence_tokens=128, grpo=grpo()),
         HIGH: Effort(
-            sampling=Sampling(max_tokens=80),
-            max_sequence_tokens=192,
-            length_penalty=OverlongPenalty(max_tokens=80, cache_tokens=16),
+            sampling=Sampling(max_tokens=48),
+            max_sequence_tokens=160,
+            length_penalty=OverlongPenalty(max_tokens=48, cache_tokens=12),
             grpo=grpo(),
         ),
         MAX: Effort(
-            sampling=Sampling(max_tokens=192),
+            sampling=Sampling(max_tokens=176),
             max_sequence_tokens=512,
-            length_penalty=OverlongPenalty(max_tokens=192, cache_tokens=24),
+            length_penalty=OverlongPenalty(max_tokens=176, cache_tokens=16),
             grpo=grpo(),
         ),
     }
 
 
-def grpo(steps: int = 20) -> GRPO:
-    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=2e-4))
+def grpo(steps: int = 30) -> GRPO:
+    return GRPO(max_steps=steps, groups_per_step=8, num_generations=8, optim=Optim(learning_rate=1e-4))
 
 
 def domain(tasks: ReasonedSums) -> Domain:
@@ -42,8 +42,8 @@ def domain(tasks: ReasonedSums) -> Domain:
         reward=MathReward(),
         environment=SingleTurn(),
         sft=SFT(
-            num_demonstrations=6000,
-            max_steps=500,
+            num_demonstrations=8400,
+            max_steps=700,
             batch_size=12,
             optim=Optim(learning_rate=1.5e-3, lr_scheduler_type="cosine", warmup_steps=20),
         ),
@@ -55,12 +55,12 @@ def recipe() -> Recipe:
     return Recipe(
         name="efforts",
         model=Model(path="package:recipes/tiny", dtype="float32", chat="v4"),
-        domains={"bill": domain(bills()), "dial": domain(dials())},
+        domains={"bill": domain(bills()), "rest": domain(rests())},
         distill=Distill(
             teachers=SwapOnDemand(),
             # From the base the student would never draw a thought, and a reverse KL would not teach it to.
             start="sft_mean",
-            max_steps=100,
+            max_steps=400,
             rollouts_per_step=48,
             optim=Optim(learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5),
         ),

@@ -362,7 +362,7 @@ def test_a_run_trains_merges_and_measures_each_mode(recipe: Recipe, tmp_path: Pa
 
 def test_the_recipe_has_a_teacher_for_each_mode_and_ways_to_think() -> None:
     recipe = load_recipe("efforts")
-    assert list(recipe.specialties()) == [f"{domain}.{mode}" for domain in ("bill", "dial") for mode in MODES]
+    assert list(recipe.specialties()) == [f"{domain}.{mode}" for domain in ("bill", "rest") for mode in MODES]
     check_recipe(recipe)
     for domain in recipe.domains.values():
         budgets = [domain.sampling_at(mode).max_tokens for mode in MODES]

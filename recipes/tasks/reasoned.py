@@ -1,7 +1,7 @@
 """Problems whose demonstrations think as long as an effort mode says.
 
-A demonstration is written in one mode, the modes in turn. ``non-think`` answers at once, ``high`` goes through the
-numbers with a running total, ``max`` goes through them backwards as well and, where the two totals differ, once more.
+A demonstration is written in one mode, the modes in turn. ``non-think`` answers at once, ``high`` notes the total after
+every number, ``max`` counts there in steps of one. The smaller the steps, the surer a small model is of each.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.conversation.effort import MAX, MODES, thinks
+from posttrain.conversation.effort import HIGH, MAX, MODES, NON_THINK, thinks
 from posttrain.errors import RecipeError
 from posttrain.protocols import Demonstration
 from posttrain.types import Task
 from recipes.tasks.splits import DrawnTasks, SolvedTask, problem_id, training
 
-AGAIN = "again"
-"""Between two goes through the numbers."""
+TAUGHT = (NON_THINK, HIGH, HIGH, MAX)
+"""Whole sums are the hardest steps to learn, so ``high`` is shown twice as often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonedSums(DrawnTasks):
-    """Sums of small numbers, plain or round a dial, for ``rewards.math.MathReward``.
+    """Small numbers to add to a start or to take from it, for ``rewards.math.MathReward``.
 
     ``info`` holds ``numbers``; demonstrations carry ``effort`` and, where the mode thinks, ``reasoning``.
     """
@@ -32,14 +32,13 @@ class ReasonedSums(DrawnTasks):
     domain: str
     request: str
     """What the numbers are asked for with."""
-    modulus: int | None = None
-    """Places of the dial; None for plain sums."""
+    start: int = 0
+    sign: int = 1
+    """1 to add, -1 to take away."""
     num_numbers: int = 4
     largest: int = 5
     modes: tuple[str, ...] = MODES
-    """The effort modes that demonstrations are written in."""
-    slips: float = 0.2
-    """Share of ``max`` demonstrations with a mistake in the first go, which the second shows."""
+    """The effort modes that demonstrations are written in, in turn; one may come more than once."""
 
     def __post_init__(self) -> None:
         if not self.modes or {*self.modes} - {*MODES}:
@@ -55,44 +54,30 @@ class ReasonedSums(DrawnTasks):
             id=problem_id(self.domain, question),
             domain=self.domain,
             prompt=({"role": "user", "content": question},),
-            answer=str(self._turned(sum(numbers))),
+            answer=str(self.start + self.sign * sum(numbers)),
             info={"numbers": numbers},
         )
         return SolvedTask(task=task, solution=({"role": "assistant", "content": str(task.answer)},))
 
     def demonstrations(self, *, count: int, seed: int) -> list[Demonstration]:
-        rng, modes = random.Random(seed), itertools.cycle(self.modes)
         solved = itertools.islice(training(self.draw, seed=seed), count)
-        return [self._demonstration(each, next(modes), rng) for each in solved]
+        return [self._demonstration(*each) for each in zip(solved, itertools.cycle(self.modes), strict=False)]
 
-    def _demonstration(self, solved: SolvedTask, effort: str, rng: random.Random) -> Demonstration:
+    def _demonstration(self, solved: SolvedTask, effort: str) -> Demonstration:
         (asked,), (said,) = solved.task.prompt, solved.solution
         if thinks(effort):
-            goes = self._goes(_named(solved.task.info["numbers"]), rng if effort == MAX else None)
-            said = {**said, "reasoning": f"\n{AGAIN}\n".join(goes)}
+            said = {**said, "reasoning": self._reasoning(solved.task.info["numbers"], by_ones=effort == MAX)}
         return ({**asked, "effort": effort}, said)
 
-    def _goes(self, named: Sequence[tuple[str, int]], slips: random.Random | None) -> list[str]:
-        right = self._go_through(named)
-        if slips is None:
-            return [right]
-        backwards = self._go_through(named[::-1])
-        if slips.random() >= self.slips:
-            return [right, backwards]
-        slip = (slips.randrange(len(named)), slips.choice((-1, 1)))
-        return [self._go_through(named, slip=slip), backwards, right]
-
-    def _go_through(self, named: Sequence[tuple[str, int]], *, slip: tuple[int, int] | None = None) -> str:
-        """A line for each number with the total so far; a slip is where it goes wrong and by how much."""
-        lines, total = [], 0
-        for index, (name, number) in enumerate(named):
-            wrong_by = slip[1] if slip is not None and index == slip[0] else 0
-            before, total = total, self._turned(total + number + wrong_by)
-            lines.append(f"{name}{number}: {before} + {number} = {total}")
+    def _reasoning(self, numbers: Sequence[int], *, by_ones: bool) -> str:
+        """A line a step: what is left of the number, and the total after the step."""
+        lines, total = [], self.start
+        for name, number in _named(numbers):
+            step = 1 if by_ones else number
+            for left in range(number, 0, -step):
+                total += self.sign * step
+                lines.append(f"{name}{left} {'+' if self.sign > 0 else '-'} {total}")
         return "\n".join(lines)
-
-    def _turned(self, total: int) -> int:
-        return total if self.modulus is None else total % self.modulus
 
 
 def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
@@ -102,8 +87,8 @@ def _named(numbers: Sequence[int]) -> list[tuple[str, int]]:
 
 
 def bills() -> ReasonedSums:
-    return ReasonedSums(domain="bill", request="Add up:")
+    return ReasonedSums(domain="bill", request="Add up:", modes=TAUGHT)
 
 
-def dials() -> ReasonedSums:
-    return ReasonedSums(domain="dial", request="Turn a dial of ten:", modulus=10)
+def rests() -> ReasonedSums:
+    return ReasonedSums(domain="rest", request="Take from 20:", start=20, sign=-1, modes=TAUGHT)
