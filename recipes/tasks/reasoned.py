@@ -11,6 +11,7 @@ import random
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from posttrain.conversation.effort import HIGH, MAX, MODES, NON_THINK, thinks
 from posttrain.errors import RecipeError
@@ -33,7 +34,7 @@ class ReasonedSums(DrawnTasks):
     request: str
     """What the numbers are asked for with."""
     start: int = 0
-    sign: int = 1
+    sign: Literal[1, -1] = 1
     """1 to add, -1 to take away."""
     num_numbers: int = 4
     largest: int = 5
