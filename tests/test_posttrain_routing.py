@@ -45,7 +45,7 @@ COMMON = {
     "head_dim": 8,
     "max_position_embeddings": 512,
     "num_experts_per_tok": TOP_K,
-    "initializer_range": 0.3,
+    "initializer_range": 0.1,
 }
 MODELS = {
     "mixtral": (MixtralForCausalLM, MixtralConfig(**COMMON, num_local_experts=EXPERTS, sliding_window=None)),
