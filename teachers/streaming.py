@@ -98,6 +98,7 @@ class StreamedTeacher:
             for layer, weights in self._layers():
                 for place, ids_BT in enumerate(ids):
                     kept.put(place, self._through(layer, weights, ids_BT, kept.take(place)))
+                del weights  # or this layer would lie beside the two that are in memory when the next read begins
             for place, (batch, ids_BT) in enumerate(zip(batches, ids, strict=True)):
                 states_BTE = self._transform.scaled(self._finish(ids_BT, kept.take(place)))
                 for row, index in enumerate(batch):

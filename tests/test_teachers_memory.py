@@ -7,8 +7,12 @@ import os
 import resource
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,8 +71,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(checkpoint: str, states: Path, memory_mb: int) -> subprocess.CompletedProcess[str]:
     code = f"from tests.test_teachers_memory import cache; cache({checkpoint!r}, {str(states)!r}, {memory_mb})"
-    # Each thread's own heap would take 64 MiB of address space, which the limit counts, for a few KiB of memory.
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    # The limit counts address space. Each thread's own heap would take 64 MiB of it for a few KiB, and weights that are
+    # freed within a heap, where malloc puts even large blocks after a while, would not make it smaller.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -89,3 +94,29 @@ def test_it_runs_where_loading_it_whole_is_out_of_memory(checkpoint: str, tmp_pa
     refused = run(checkpoint, tmp_path / "refused", 1024)
     assert refused.returncode != 0
     assert "MemoryError" in refused.stderr or "allocate memory" in refused.stderr, refused.stderr
+
+
+class AtOnce(Executor):
+    """A reader that is as fast as can be: it has read when it is asked."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def test_a_layer_is_let_go_before_the_next_but_one_is_read(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = HFTeacher(checkpoint, "float32").stream("cpu", memory_bytes=MEMORY_MB * MIB)
+    read, in_memory, most = teacher._read, weakref.WeakValueDictionary[int, torch.Tensor](), []
+
+    def watched(layer: int) -> dict[str, torch.Tensor]:
+        most.append(len(in_memory))
+        weights = read(layer)
+        in_memory[layer] = next(iter(weights.values()))
+        return weights
+
+    monkeypatch.setattr(teacher, "_read", watched)
+    monkeypatch.setattr(teacher, "_reader", AtOnce())
+    teacher.hidden_states([np.arange(40, dtype=np.int32)])
+    assert most == [0] + [1] * (CONFIG.num_hidden_layers - 1)
+    teacher.close()
