@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from posttrain.types import Tokens
 
 MIB = 2**20
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,10 @@ def seconds(function: Callable[[], object], device: str, *, repeats: int, warm_u
 
 
 def seconds_in_turns(
-    functions: Mapping[str, Callable[[], object]], device: str, *, repeats: int, warm_up: int = 1
-) -> dict[str, float]:
+    functions: Mapping[_Key, Callable[[], object]], device: str, *, repeats: int, warm_up: int = 1
+) -> dict[_Key, float]:
     """Median wall time of one call of each, called in turn, so that what slows the machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[_Key, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
             taken = seconds(function, device, repeats=1, warm_up=0)

@@ -30,7 +30,7 @@ import torch
 from posttrain.errors import RecipeError
 from posttrain.protocols import StateStore, Teacher, TeacherModel
 from posttrain.types import IntArray, Sample, TokenArrays
-from teachers.batching import MAX_BATCH_TOKENS, length_batches
+from teachers.batching import length_batches
 from teachers.logits import OutputHead
 
 
@@ -408,7 +408,7 @@ def _each_state(model: TeacherModel, sequences: Sequence[IntArray]) -> Iterator[
     if isinstance(model, OnePass):
         yield from model.each_state(sequences)
         return
-    for batch in length_batches([len(sequence) for sequence in sequences], max_tokens=MAX_BATCH_TOKENS):
+    for batch in length_batches([len(sequence) for sequence in sequences]):
         yield from zip(batch, model.hidden_states([sequences[index] for index in batch]), strict=True)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from posttrain.errors import RecipeError
 from posttrain.models import compute_dtype, load_model, resolve_folder, resolve_path
 from posttrain.types import IntArray
-from teachers.batching import MAX_BATCH_TOKENS, length_batches, padded
+from teachers.batching import length_batches, padded
 from teachers.logits import LogitTransform, OutputHead, body_of, check_logits
 from teachers.streaming import StreamedTeacher
 from teachers.weights import Skeleton, Unreadable, Weights, drop_weights
@@ -191,7 +191,7 @@ class CausalTeacher:
         model's earlier positions cannot see the padding.
         """
         lengths = [len(sequence) for sequence in sequences]
-        for batch in length_batches(lengths, max_tokens=MAX_BATCH_TOKENS):
+        for batch in length_batches(lengths, self._device):
             ids_BT = padded([sequences[index] for index in batch]).to(self._device)
             hidden_BTE = body_of(self._model)(input_ids=ids_BT, use_cache=False).last_hidden_state
             states_BTE = self._transform.scaled(hidden_BTE)

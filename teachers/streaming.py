@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from posttrain.errors import RecipeError
 from posttrain.types import IntArray
-from teachers.batching import MAX_BATCH_TOKENS, length_batches, padded
+from teachers.batching import length_batches, padded
 from teachers.logits import LogitTransform, body_of, check_logits
 from teachers.weights import Skeleton, Unreadable, drop_weights
 
@@ -90,7 +90,7 @@ class StreamedTeacher:
     def each_state(self, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]:
         """Index and states [T, E] of each sequence, longest first, after one pass over the weights."""
         lengths = [len(sequence) for sequence in sequences]
-        batches = list(length_batches(lengths, max_tokens=MAX_BATCH_TOKENS))
+        batches = list(length_batches(lengths, self._device))
         ids = [padded([sequences[index] for index in batch]) for batch in batches]
         with closing(_Activations(self._spare_bytes, self._device)) as kept:
             for place, ids_BT in enumerate(ids):

@@ -126,7 +126,8 @@ class Skeleton:
         return found
 
     def fill(self, dtype: torch.dtype, device: str) -> Any:
-        """The model with all its weights, parameters in ``dtype``. Tied ones are read once."""
+        """The model with all its weights, parameters in ``dtype`` on ``device``; buffers are in host memory. Tied
+        parameters are read once."""
         read: dict[str, nn.Parameter] = {}
         for name, stored in self.sources().items():
             owner, _, last = name.rpartition(".")
@@ -137,7 +138,7 @@ class Skeleton:
             if stored not in read:
                 read[stored] = nn.Parameter(self.weights.read(stored, dtype).to(device), requires_grad=False)
             module._parameters[last] = read[stored]
-        return self.model.to(device)
+        return self.model
 
 
 def drop_weights(model: nn.Module) -> None:

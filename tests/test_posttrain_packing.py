@@ -128,14 +128,15 @@ def test_ranks_get_equal_tokens_and_few_teachers(num_ranks: int, counts: list[in
 
 
 def test_collate_points_each_loss_token_at_its_predecessor() -> None:
-    samples = [sample("a", 9), sample("b", 5), sample("c", 5, seed=1)]
+    # The row goes from the longest to the shortest, loss tokens go as the samples do.
+    samples = [sample("b", 5), sample("a", 9), sample("c", 5, seed=1)]
     batch = PackedBatch.collate(samples)
     assert batch.cu_seqlens.tolist() == [0, 9, 14, 19]
     assert batch.position_ids.tolist() == [*range(9), *range(5), *range(5)]
     assert batch.segment_lengths == (9, 5, 5)
     expected = [
         (start + t - 1, int(arrays.token_ids[t]), float(arrays.logprobs[t]), index)
-        for index, (arrays, start) in enumerate(zip([s.load() for s in samples], (0, 9, 14), strict=True))
+        for index, (arrays, start) in enumerate(zip([s.load() for s in samples], (9, 0, 14), strict=True))
         for t in range(len(arrays))
         if arrays.loss_mask[t]
     ]
@@ -147,7 +148,7 @@ def test_collate_points_each_loss_token_at_its_predecessor() -> None:
         strict=True,
     )
     assert list(found) == expected
-    assert batch.advantages.tolist() == [9.0, 5.0, 5.0]
+    assert batch.advantages.tolist() == [5.0, 9.0, 5.0]
     assert Totals.of(samples) == Totals(num_samples=3, num_loss_tokens=len(expected))
 
 
@@ -155,13 +156,14 @@ def test_collate_points_each_loss_token_at_its_predecessor() -> None:
 def test_packed_states_and_gradients_equal_those_of_each_sample_alone(kind: str) -> None:
     anew = sample("f", 21, starts=[0, 9, 12])
     samples = [sample("a", 17), sample("b", 9), anew, sample("c", 9, seed=1), sample("d", 1), sample("e", 30)]
-    sequences = [part for s in samples for part in np.split(s.load().token_ids, np.cumsum(s.load().lengths)[:-1])]
+    row_order = sorted(samples, key=len, reverse=True)
+    sequences = [part for s in row_order for part in np.split(s.load().token_ids, np.cumsum(s.load().lengths)[:-1])]
     alone, packed = tiny_model(kind), tiny_model(kind)
     use_packed_attention(packed)
     batch = PackedBatch.collate(samples)
     direction = torch.randn(len(batch.token_ids), 32, generator=torch.Generator().manual_seed(1))
 
-    assert batch.segment_lengths == (17, 9, 9, 3, 9, 9, 1, 30)
+    assert batch.segment_lengths == (30, 9, 3, 9, 17, 9, 9, 1)
     assert batch.segment_ids.max() == len(samples) - 1
     states = [alone.get_decoder()(torch.tensor(part[None])).last_hidden_state[0] for part in sequences]
     row = packed.get_decoder()(

@@ -1,8 +1,9 @@
 """Samples to packed micro-batches: no padding, a token budget, one teacher after the other.
 
 Planning reads only metadata (length, teacher, id); ``PackedBatch.collate`` loads the per-token arrays, one
-micro-batch at a time. Within a micro-batch a teacher's samples lie longest first, so that equal lengths are neighbours
-and share one attention call.
+micro-batch at a time. A micro-batch has two orders. Its row of tokens goes from the longest sample to the shortest, so
+that equal lengths are neighbours and share one attention call. Samples and loss tokens stay in the order planned, so
+that those of one teacher are neighbours and share one head.
 
 Shape letters: ``T`` tokens of the row, ``S`` segments (samples), ``N`` loss tokens, ``K`` kept tokens of all of them.
 """
@@ -27,10 +28,10 @@ _Key = TypeVar("_Key")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: samples concatenated into one row of T tokens."""
+    """One micro-batch: samples concatenated into one row of T tokens, longest first."""
 
     samples: tuple[Sample, ...]
-    """The samples in row order; those of one teacher are neighbours."""
+    """The samples in the order of their loss tokens."""
     token_ids: torch.Tensor
     """[T] int64."""
     position_ids: torch.Tensor
@@ -40,7 +41,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     """[sequences + 1] int32: where each sequence starts, then T."""
     loss_positions: torch.Tensor
-    """[N] int64: index in the row of the hidden state that predicts each loss token, its predecessor's."""
+    """[N] int64: place in the row of the hidden state that predicts each loss token, its predecessor's."""
     targets: torch.Tensor
     """[N] int64: the loss tokens."""
     behaviour_logprobs: torch.Tensor
@@ -62,14 +63,16 @@ class PackedBatch:
 
     @classmethod
     def collate(cls, samples: Sequence[Sample]) -> PackedBatch:
-        """Concatenate samples in the given order, on the CPU."""
-        starts = [0, *accumulate(len(sample) for sample in samples)]
+        """Concatenate samples, on the CPU; their loss tokens stay in the given order."""
         arrays = [sample.load() for sample in samples]
-        lengths = [length for each in arrays for length in each.lengths]
+        order = sorted(range(len(samples)), key=lambda index: -len(arrays[index]))
+        row = [arrays[index] for index in order]
+        starts = dict(zip(order, accumulate(map(len, row), initial=0), strict=False))
+        lengths = [length for each in row for length in each.lengths]
         masks = [np.flatnonzero(each.loss_mask) for each in arrays]
-        loss_tokens = np.concatenate([start + mask for start, mask in zip(starts, masks, strict=False)])
-        token_ids = np.concatenate([each.token_ids for each in arrays])
-        logprobs = np.concatenate([each.logprobs for each in arrays])
+        loss_tokens = np.concatenate([starts[index] + mask for index, mask in enumerate(masks)])
+        token_ids = np.concatenate([each.token_ids for each in row])
+        logprobs = np.concatenate([each.logprobs for each in row])
         kept_ids, kept_offsets = _kept(samples, arrays, masks)
         starts_of = [sample.start for sample in samples if sample.start is not None]
         started = len(starts_of) == len(samples) > 0
@@ -86,7 +89,7 @@ class PackedBatch:
             segment_ids=torch.from_numpy(np.repeat(np.arange(len(samples)), [len(mask) for mask in masks])),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
-            routes=_routes(arrays),
+            routes=_routes(row),
             old_logprobs=torch.from_numpy(np.concatenate([each.logprobs for each in starts_of])) if started else None,
             high_entropy=(
                 torch.from_numpy(np.concatenate([each.high_entropy for each in starts_of])) if started else None
