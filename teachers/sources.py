@@ -22,7 +22,7 @@ from torch import nn
 from posttrain.errors import RecipeError
 from posttrain.models import compute_dtype, load_model, resolve_folder, resolve_path
 from posttrain.types import IntArray
-from teachers.batching import length_batches, padded
+from teachers.batching import length_batches, pack, packed, packed_rows, padded
 from teachers.logits import LogitTransform, OutputHead, body_of, check_logits
 from teachers.streaming import StreamedTeacher
 from teachers.weights import Skeleton, Unreadable, Weights, drop_weights
@@ -156,6 +156,7 @@ class CausalTeacher:
         self._device = device
         self._transform = LogitTransform.of(model.config)
         check_logits(self._model, self._transform, name=name)
+        self._packs = pack(self._model)
 
     @property
     def head(self) -> torch.Tensor:
@@ -187,16 +188,23 @@ class CausalTeacher:
     def each_state(self, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]:
         """Index and states [T, E] of each sequence, longest first.
 
-        Sequences of similar length share a forward pass. They are padded on the right without a mask: a causal
-        model's earlier positions cannot see the padding.
+        Sequences lie in packed rows. Where the model's attention cannot do that, sequences of similar length share a
+        forward pass, padded on the right without a mask: a causal model's earlier positions cannot see the padding.
         """
+        body = body_of(self._model)
+        if self._packs:
+            for members in packed_rows([len(sequence) for sequence in sequences]):
+                together = [sequences[index] for index in members]
+                hidden_TE = body(**packed(together, self._device), use_cache=False).last_hidden_state[0]
+                states = self._transform.scaled(hidden_TE).split([len(sequence) for sequence in together])
+                # Copies, so that a caller who keeps one sequence does not keep the whole batch.
+                yield from ((index, states_TE.clone()) for index, states_TE in zip(members, states, strict=True))
+            return
         lengths = [len(sequence) for sequence in sequences]
         for batch in length_batches(lengths, self._device):
             ids_BT = padded([sequences[index] for index in batch]).to(self._device)
-            hidden_BTE = body_of(self._model)(input_ids=ids_BT, use_cache=False).last_hidden_state
-            states_BTE = self._transform.scaled(hidden_BTE)
+            states_BTE = self._transform.scaled(body(input_ids=ids_BT, use_cache=False).last_hidden_state)
             for row, index in enumerate(batch):
-                # A copy, so that a caller who keeps one sequence does not keep the whole batch.
                 yield index, states_BTE[row, : lengths[index]].clone()
 
     def close(self) -> None:

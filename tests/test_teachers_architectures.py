@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from posttrain.errors import RecipeError
+from teachers.batching import pack
 from teachers.logits import LogitTransform
 from teachers.sources import AdapterTeacher, HFTeacher
 
@@ -97,7 +98,8 @@ def test_layer_by_layer_gives_the_same_states(name: str, dtype: Any, tmp_path: P
     assert streamed.logit_cap == whole.logit_cap
     for _ in range(2):
         for expected, states in zip(whole.hidden_states(sequences()), streamed.hidden_states(sequences()), strict=True):
-            assert torch.equal(expected, states)
+            # Up to rounding, which these large weights make much of: one packs its sequences and the other pads them.
+            assert (expected - states).abs().max() <= (1e-5 if dtype == "float32" else 0.15) * expected.abs().max()
     streamed.close()
 
 
@@ -127,8 +129,30 @@ def test_an_adapter_runs_on_a_streamed_base(tmp_path: Path) -> None:
         plain.hidden_states(sequences()),
         strict=True,
     ):
-        assert torch.equal(expected, states)
+        torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(states, unadapted, atol=0.1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sequences_are_packed_where_attention_is_plain(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    assert pack(model) == (name not in ("gemma2", "gemma3"))
+    assert pack(model) == (name not in ("gemma2", "gemma3"))  # as remembered
+
+
+def test_a_model_whose_sequences_see_each_other_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_shift(self: LlamaModel, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        output = plain(self, *args, **kwargs)
+        before = output.last_hidden_state.roll(1, dims=1)
+        before[:, 0] = 0
+        output.last_hidden_state = output.last_hidden_state + 0.01 * before
+        return output
+
+    plain = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", with_shift)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, rms_norm_eps=2e-6), dtype=torch.float32).eval()
+    assert not pack(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_what_cannot_be_divided_is_told(tmp_path: Path) -> None:

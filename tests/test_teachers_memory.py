@@ -89,7 +89,8 @@ def test_it_runs_where_loading_it_whole_is_out_of_memory(checkpoint: str, tmp_pa
     with TeacherPool({"big": source}, memory_mb=1024) as pool:
         pool.cache_states(samples(), whole)
     for sample in samples():
-        assert torch.equal(FileStore(tmp_path / "streamed").get(sample.id), whole.get(sample.id))
+        streamed, expected = FileStore(tmp_path / "streamed").get(sample.id), whole.get(sample.id)
+        torch.testing.assert_close(streamed, expected, rtol=2**-7, atol=1e-4)  # rounded to bfloat16
 
     refused = run(checkpoint, tmp_path / "refused", 1024)
     assert refused.returncode != 0

@@ -3,8 +3,8 @@
 The learner switches a model to this implementation and passes the segment lengths as the keyword ``segment_lengths``,
 which transformers hands down to every attention layer. Each segment attends causally to itself alone. On a GPU in half
 precision all segments are one call of PyTorch's variable-length flash attention. Elsewhere neighbours of equal length
-share one call of ``scaled_dot_product_attention``, so packing sorts by length. A CPU computes these in float32, since
-PyTorch's backward in bfloat16 takes there 1.2 (500 tokens) to 2.8 times (60 tokens) as long.
+share one call of ``scaled_dot_product_attention``, so packing sorts by length. A CPU computes these in float32: in
+bfloat16 PyTorch's backward takes 1.2 (segments of 400 tokens) to 2.8 times (60 tokens) as long with AVX-512.
 
 Not covered: attention sinks, soft-capped scores, position biases, and windows shorter than a segment. Those raise.
 
