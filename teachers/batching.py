@@ -62,13 +62,14 @@ def padded(sequences: Sequence[IntArray]) -> torch.Tensor:
 
 def packed_rows(lengths: Sequence[int], *, max_tokens: int = MAX_BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices in rows of at most ``max_tokens`` tokens, longest first; a longer sequence is a row of its own."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     row: list[int] = []
-    for index in order:
-        if row and sum(lengths[each] for each in (*row, index)) > max_tokens:
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if row and tokens + lengths[index] > max_tokens:
             yield row
-            row = []
+            row, tokens = [], 0
         row.append(index)
+        tokens += lengths[index]
     if row:
         yield row
 
@@ -85,21 +86,23 @@ def packed(sequences: Sequence[IntArray], device: str) -> dict[str, Any]:
     }
 
 
-_packs: dict[tuple[type, str], bool] = {}
-"""What was found, by class and config."""
+_packs: dict[tuple[type, str, torch.dtype], bool] = {}
+"""What was found, by class, config and type of the weights."""
 
 
 @torch.no_grad()
 def pack(model: Any) -> bool:
     """Switch a model to packed attention, if its states are then those of its own; else leave it as it is.
 
-    Compared on a few tokens, once for each architecture and size. Models with attention windows are left alone.
+    Compared on a few tokens, once for each architecture and size. Models with layers that attend to less than all
+    earlier tokens, which a few tokens may not show, are left alone.
     """
     text = model.config.get_text_config()
-    if getattr(text, "sliding_window", None) is not None:
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(text, "sliding_window", None) is not None or kinds - {"full_attention"}:
         return False
-    own, device = model.config._attn_implementation, str(model.get_input_embeddings().weight.device)
-    key = type(model), text.to_json_string()
+    own, weight = model.config._attn_implementation, model.get_input_embeddings().weight
+    key, device = (type(model), text.to_json_string(), weight.dtype), str(weight.device)
     if key not in _packs:
         probes = [np.arange(length, dtype=np.int32) % text.vocab_size for length in PROBES]
         expected = [body_of(model)(input_ids=padded([probe]).to(device), use_cache=False)[0][0] for probe in probes]

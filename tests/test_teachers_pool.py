@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from posttrain.types import IntArray, Sample, TokenArrays, Tokens
-from teachers.batching import length_batches
+from teachers.batching import length_batches, packed_rows
 from teachers.cache import FileStore, MemoryStore
 from teachers.pool import TeacherPool
 
@@ -211,6 +211,17 @@ def test_length_batches_cover_everything_within_the_budget() -> None:
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert batches[0] == [1]  # longer than the budget: alone
     assert all(len(batch) * lengths[batch[0]] <= 20 for batch in batches[1:])
+
+
+def test_a_batch_with_enough_tokens_ends_before_a_much_shorter_sequence() -> None:
+    lengths = [40, 100, 95, 90, 100, 100]
+    assert list(length_batches(lengths, max_tokens=10**6)) == [[1, 4, 5, 2], [3, 0]]
+    assert list(length_batches(lengths, "cuda:0", max_tokens=10**6)) == [[1, 4, 5, 2, 3, 0]]
+
+
+def test_packed_rows_cover_everything_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 1, 20, 4]
+    assert list(packed_rows(lengths, max_tokens=20)) == [[1], [5], [2, 3, 6], [0, 4]]
 
 
 @pytest.mark.parametrize("durable", [True, False])
