@@ -259,7 +259,7 @@ class TeacherPool:
         sequences = [np.split(each.arrays.token_ids, np.cumsum(each.arrays.lengths)[:-1]) for each in samples]
         places = [(owner, part) for owner, parts in enumerate(sequences) for part in range(len(parts))]
         kept: dict[int, dict[int, torch.Tensor]] = {}
-        for index, states_TE in _each_state(model, [part for parts in sequences for part in parts]):
+        for index, states_TE in _each_state(model, [part for parts in sequences for part in parts], self._device):
             owner, part = places[index]
             each = samples[owner]
             masks = np.split(each.arrays.loss_mask, np.cumsum(each.arrays.lengths)[:-1])
@@ -403,12 +403,12 @@ def load_within(teacher: Teacher, device: str, memory_bytes: int) -> TeacherMode
     return teacher.load(device)
 
 
-def _each_state(model: TeacherModel, sequences: Sequence[IntArray]) -> Iterator[tuple[int, torch.Tensor]]:
+def _each_state(model: TeacherModel, sequences: Sequence[IntArray], device: str) -> Iterator[tuple[int, torch.Tensor]]:
     """Index and states [T, E] of each sequence."""
     if isinstance(model, OnePass):
         yield from model.each_state(sequences)
         return
-    for batch in length_batches([len(sequence) for sequence in sequences]):
+    for batch in length_batches([len(sequence) for sequence in sequences], device):
         yield from zip(batch, model.hidden_states([sequences[index] for index in batch]), strict=True)
 
 

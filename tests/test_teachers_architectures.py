@@ -140,6 +140,15 @@ def test_sequences_are_packed_where_attention_is_plain(name: str) -> None:
     assert pack(model) == (name not in ("gemma2", "gemma3"))  # as remembered
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "linear"])
+def test_positions_that_depend_on_the_longest_of_a_row_are_not_packed(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = LlamaConfig(**SIZES, rope_parameters=rope)
+    assert pack(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()) == (kind == "linear")
+
+
 def test_a_model_whose_sequences_see_each_other_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_shift(self: LlamaModel, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         output = plain(self, *args, **kwargs)

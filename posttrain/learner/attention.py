@@ -68,7 +68,7 @@ def packed_attention(  # noqa: PLR0913 - transformers prescribes the signature
             "add up to it, and no mask"
         )
     _refuse_variants(kwargs, max(lengths), sliding_window)
-    if cu_seqlens is not None and dropout == 0.0 and _takes_varlen(query_BHTD):
+    if cu_seqlens is not None and dropout == 0.0 and _takes_varlen(query_BHTD, value_BKTD):
         return _attend_varlen(query_BHTD, key_BKTD, value_BKTD, cu_seqlens, max(lengths), scaling), None
     dtype = _compute_dtype(query_BHTD)
     inside = torch.promote_types(dtype, torch.float32) if query_BHTD.is_cpu else dtype
@@ -93,13 +93,15 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def _takes_varlen(query_BHTD: torch.Tensor) -> bool:
+def _takes_varlen(query_BHTD: torch.Tensor, value_BKTD: torch.Tensor) -> bool:
     return (
         query_BHTD.is_cuda
         and "window_size" in _VARLEN_ARGUMENTS
         and _compute_dtype(query_BHTD) in (torch.bfloat16, torch.float16)
         and query_BHTD.shape[-1] % 8 == 0
         and query_BHTD.shape[-1] <= 256
+        and query_BHTD.shape[-1] == value_BKTD.shape[-1]
+        and torch.cuda.get_device_capability(query_BHTD.device) >= (8, 0)
     )
 
 
