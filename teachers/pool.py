@@ -58,7 +58,7 @@ class OnePass(Protocol):
 
 
 @runtime_checkable
-class Streamable(Teacher, Protocol):
+class Streamable(Protocol):
     """A teacher that knows its size beforehand and can run in less memory than that."""
 
     def num_bytes(self, device: str) -> int | None: ...
@@ -67,7 +67,16 @@ class Streamable(Teacher, Protocol):
 
 
 @runtime_checkable
-class HasHead(Teacher, Protocol):
+class Refilling(Protocol):
+    """A teacher that can be read into the memory of another's model, which saves building a model and its memory."""
+
+    def refill(self, model: TeacherModel, device: str) -> bool:
+        """Make ``model`` this teacher's; tensors it gave change. False, and nothing done, if it is of another kind."""
+        ...
+
+
+@runtime_checkable
+class HasHead(Protocol):
     """A teacher whose head can be had without the rest."""
 
     def load_head(self, device: str) -> OutputHead: ...
@@ -116,6 +125,7 @@ class TeacherPool:
 
     def __init__(self, teachers: Mapping[str, Teacher], *, memory_mb: int, device: str = "cpu") -> None:
         self._teachers = dict(teachers)
+        self._with_head_apart = frozenset(name for name, each in teachers.items() if isinstance(each, HasHead))
         self._capacity = memory_mb * 2**20
         self._device = device
         self._resident: OrderedDict[str, TeacherModel] = OrderedDict()  # least recently used first
@@ -188,7 +198,7 @@ class TeacherPool:
         key = self._head_keys.get(self._known(name))
         if key is not None and key in self._heads:
             return
-        if not isinstance(self._teachers[name], HasHead):
+        if name not in self._with_head_apart:
             self._load_ahead(name, beside=None)
             return
         in_use = self._device_head[0] if self._device_head is not None else None
@@ -200,7 +210,7 @@ class TeacherPool:
     def close(self) -> None:
         """Free all teachers and heads. Loads under way are awaited, then closed."""
         for future in self._loading.values():
-            if not future.cancel() and future.exception() is None:
+            if future.exception() is None:
                 future.result().close()
         self._loading.clear()
         self._loader.shutdown(cancel_futures=True)
@@ -277,8 +287,6 @@ class TeacherPool:
         """The loaded teacher, most recently used."""
         if name not in self._resident:
             started = time.monotonic()
-            if name not in self._loading:
-                self._shrink(self._capacity - self._expected(name))
             future = self._start_loading(name)
             try:
                 model = future.result()
@@ -290,14 +298,18 @@ class TeacherPool:
             self._resident[name] = model
             self._sizes[name] = model.num_bytes if isinstance(model, Sized) else self._capacity
         self._resident.move_to_end(name)
-        if not isinstance(self._teachers[name], HasHead):
+        if name not in self._with_head_apart:
             model = self._resident[name]
             self._keep_head(name, model.head, model.logit_cap if isinstance(model, Capped) else None)
         return self._resident[name]
 
-    def _start_loading(self, name: str) -> Future[TeacherModel]:
+    def _start_loading(self, name: str, *, beside: str | None = None) -> Future[TeacherModel]:
+        """Load a teacher in the background, into the memory of one that has to go where that can be."""
         if name not in self._loading:
-            self._loading[name] = self._loader.submit(load_within, self._teachers[name], self._device, self._capacity)
+            gone = self._shrink(self._capacity - self._expected(name), keep_teacher=beside, keep_one_open=True)
+            self._loading[name] = self._loader.submit(
+                load_within, self._teachers[name], self._device, self._capacity, into=gone
+            )
         return self._loading[name]
 
     def _start_loading_head(self, name: str) -> None:
@@ -331,14 +343,13 @@ class TeacherPool:
         expected = self._expected(name)
         pinned = self._sizes[beside] if beside is not None else 0
         if pinned + expected <= self._capacity:
-            self._shrink(self._capacity - expected, keep_teacher=beside)
-            self._start_loading(name)
+            self._start_loading(name, beside=beside)
 
     def _bring_head(self, name: str) -> str:
         """The key of a head that is in host memory now."""
         key = self._head_keys.get(self._known(name))
         if key is None or key not in self._heads:
-            if isinstance(self._teachers[name], HasHead):
+            if name in self._with_head_apart:
                 started = time.monotonic()
                 self._start_loading_head(name)
                 head = self._loading_heads.pop(name).result()
@@ -370,34 +381,60 @@ class TeacherPool:
 
     def _used(self) -> int:
         """Bytes held: teachers, and heads that no resident teacher holds anyway."""
-        lent = {self._head_keys[name] for name in self._resident if not isinstance(self._teachers[name], HasHead)}
+        lent = {self._head_keys[name] for name in self._resident if name not in self._with_head_apart}
         heads = sum(head.nbytes for key, head in self._heads.items() if key not in lent or self._device != "cpu")
         return heads + sum(self._sizes[name] for name in self._resident)
 
-    def _shrink(self, capacity: int, *, keep_teacher: str | None = None, keep_head: str | None = None) -> None:
+    def _shrink(
+        self,
+        capacity: int,
+        *,
+        keep_teacher: str | None = None,
+        keep_head: str | None = None,
+        keep_one_open: bool = False,
+    ) -> TeacherModel | None:
         """Let go of what was unused longest until what is held fits into ``capacity`` bytes.
 
-        First heads that can be read without their teachers, then teachers, then the other heads.
+        First heads that can be read without their teachers, then teachers, then the other heads. With
+        ``keep_one_open``, one of the teachers, whose tensors nobody has, is returned instead of closed.
         """
         held = self._head_keys.get(keep_teacher) if keep_teacher else None
-        readable = {self._head_keys.get(name) for name, each in self._teachers.items() if isinstance(each, HasHead)}
+        readable = {self._head_keys.get(name) for name in self._with_head_apart}
         heads = [key for key in self._heads if key not in (keep_head, held)]
+        still_open = None
         for key in [key for key in heads if key in readable]:
             if self._used() <= capacity:
-                return
+                return None
             del self._heads[key]
         for name in [name for name in self._resident if name != keep_teacher]:
             if self._used() <= capacity:
-                return
-            self._resident.pop(name).close()
+                return still_open
+            model = self._resident.pop(name)
+            if keep_one_open and still_open is None and name in self._with_head_apart:
+                still_open = model
+            else:
+                model.close()
         for key in [key for key in heads if key not in readable]:
             if self._used() <= capacity:
-                return
+                break
             del self._heads[key]
+        return still_open
 
 
-def load_within(teacher: Teacher, device: str, memory_bytes: int) -> TeacherModel:
-    """The teacher, to run layer by layer if its weights need more memory than that and it can."""
+def load_within(teacher: Teacher, device: str, memory_bytes: int, *, into: TeacherModel | None = None) -> TeacherModel:
+    """The teacher, to run layer by layer if its weights need more memory than that and it can.
+
+    ``into`` is a model that is not needed any more: it becomes the teacher's if it can, or is closed.
+    """
+    if into is not None:
+        refilled = False
+        try:
+            refilled = isinstance(teacher, Refilling) and teacher.refill(into, device)
+        finally:
+            if not refilled:
+                into.close()
+        if refilled:
+            return into
     if isinstance(teacher, Streamable) and (teacher.num_bytes(device) or 0) > memory_bytes:
         return teacher.stream(device, memory_bytes=memory_bytes)
     return teacher.load(device)

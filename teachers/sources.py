@@ -21,6 +21,7 @@ from torch import nn
 
 from posttrain.errors import RecipeError
 from posttrain.models import compute_dtype, load_model, resolve_folder, resolve_path
+from posttrain.protocols import TeacherModel
 from posttrain.types import IntArray
 from teachers.batching import length_batches, pack, packed, packed_rows, padded
 from teachers.logits import LogitTransform, OutputHead, body_of, check_logits
@@ -62,7 +63,12 @@ class HFTeacher:
 
     def load(self, device: str) -> CausalTeacher:
         """The model on ``device``. ``RecipeError`` when its logits are not made of states and head."""
-        return CausalTeacher(_load_frozen(self.path, self.dtype, device), device, name=self.path)
+        model, skeleton = _load_frozen(self.path, self.dtype, device)
+        return CausalTeacher(model, device, name=self.path, skeleton=skeleton)
+
+    def refill(self, model: TeacherModel, device: str) -> bool:
+        """Make another checkpoint's model this one's, in place; False unless they differ in nothing but weights."""
+        return isinstance(model, CausalTeacher) and model.refill(_local_folder(self.path), self.dtype, device)
 
     def stream(self, device: str, *, memory_bytes: int) -> StreamedTeacher:
         """The model in at most so much memory for weights, read layer by layer. ``RecipeError`` when it cannot be."""
@@ -113,7 +119,7 @@ class AdapterTeacher:
 
     def load(self, device: str) -> CausalTeacher:
         """The adapted model on ``device``. ``RecipeError`` when peft is missing or the adapter does not fit."""
-        model = _load_frozen(self.base.path, self.base.dtype, device)
+        model, _ = _load_frozen(self.base.path, self.base.dtype, device)
         return CausalTeacher(self._adapted(model), device, name=self.adapter)
 
     def stream(self, device: str, *, memory_bytes: int) -> StreamedTeacher:
@@ -149,9 +155,13 @@ class AdapterTeacher:
 
 
 class CausalTeacher:
-    """A loaded causal language model that gives hidden states. Inference only."""
+    """A loaded causal language model that gives hidden states. Inference only.
 
-    def __init__(self, model: Any, device: str, *, name: str) -> None:
+    With the ``skeleton`` that it was made of, another checkpoint can be read into its memory.
+    """
+
+    def __init__(self, model: Any, device: str, *, name: str, skeleton: Skeleton | None = None) -> None:
+        self._skeleton = skeleton
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
         self._transform = LogitTransform.of(model.config)
@@ -207,6 +217,18 @@ class CausalTeacher:
             for row, index in enumerate(batch):
                 yield index, states_BTE[row, : lengths[index]].clone()
 
+    def refill(self, folder: Path, dtype: DType, device: str) -> bool:
+        """See ``HFTeacher.refill``. What was checked of the architecture at the load holds for the other, too."""
+        skeleton = self._skeleton
+        if skeleton is None or device != self._device:
+            return False
+        if compute_dtype(dtype, skeleton.num_parameters, device) is not self.head.dtype:
+            return False
+        try:
+            return skeleton.refill(folder)
+        except Unreadable:
+            return False
+
     def close(self) -> None:
         """Free the weights. Tensors handed out before stay valid and keep only themselves alive."""
         if self._model is not None:
@@ -216,22 +238,22 @@ class CausalTeacher:
             torch.cuda.empty_cache()
 
 
-def _load_frozen(path: str, dtype: DType, device: str) -> Any:
-    """The checkpoint in its compute dtype. Buffers, such as rotary frequencies, stay float32.
+def _load_frozen(path: str, dtype: DType, device: str) -> tuple[Any, Skeleton | None]:
+    """The checkpoint in its compute dtype, and the skeleton it was read into if it was.
 
-    Read tensor by tensor, so that no second copy is ever in memory. What transformers must convert it loads itself, in
-    float32: ``from_pretrained`` otherwise changes torch's default dtype for the whole process meanwhile, and teachers
-    load in the background of other computations.
+    Buffers, such as rotary frequencies, stay float32. Read tensor by tensor, so that no second copy is ever in memory.
+    What transformers must convert it loads itself, in float32: ``from_pretrained`` otherwise changes torch's default
+    dtype for the whole process meanwhile, and teachers load in the background of other computations.
     """
     try:
         skeleton = Skeleton(_local_folder(path))
-        return skeleton.fill(compute_dtype(dtype, skeleton.num_parameters, device), device)
+        return skeleton.fill(compute_dtype(dtype, skeleton.num_parameters, device), device), skeleton
     except Unreadable:
         model = load_model(path, torch.float32)
     target = compute_dtype(dtype, model.num_parameters(), device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(target)
-    return model
+    return model, None
 
 
 def _skeleton(path: str) -> Skeleton:

@@ -51,8 +51,9 @@ class Weights:
         return name in self._entries
 
     @property
-    def num_elements(self) -> int:
-        return sum(prod(entry.shape) for entry in self._entries.values())
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name."""
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     def num_bytes(self, name: str, itemsize: int) -> int:
         return prod(self._entries[name].shape) * itemsize
@@ -67,6 +68,15 @@ class Weights:
         with _opened(entry.file) as fd:
             _read_into(fd, _bytes_of(raw), entry.offset, entry.file)
         return raw.to(dtype)
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """A tensor into the memory of one of the same shape, converted to its type."""
+        entry = self._entries[name]
+        if target.is_cpu and target.dtype is entry.dtype and target.is_contiguous():
+            with _opened(entry.file) as fd:
+                _read_into(fd, _bytes_of(target), entry.offset, entry.file)
+        else:
+            target.copy_(self.read(name, entry.dtype))
 
     def read_rows(self, name: str, rows: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         """These rows of a matrix, in their order."""
@@ -99,6 +109,8 @@ class Skeleton:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.weights = Weights(folder)
+        self._config = _config_text(folder)
+        self._filled: dict[str, str] = {}
         config = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise Unreadable(f"{folder} is quantized")
@@ -130,15 +142,35 @@ class Skeleton:
         parameters are read once."""
         read: dict[str, nn.Parameter] = {}
         for name, stored in self.sources().items():
-            owner, _, last = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            if last in module._buffers:
-                module._buffers[last] = self.weights.read(stored, module._buffers[last].dtype)
+            module, last = self._place(name)
+            self._filled[stored] = name
+            if (buffer := module._buffers.get(last)) is not None:
+                module._buffers[last] = self.weights.read(stored, buffer.dtype)
                 continue
             if stored not in read:
                 read[stored] = nn.Parameter(self.weights.read(stored, dtype).to(device), requires_grad=False)
             module._parameters[last] = read[stored]
         return self.model
+
+    @torch.no_grad()
+    def refill(self, folder: Path) -> bool:
+        """Read another checkpoint into the memory of the weights that ``fill`` read.
+
+        False, and nothing done, unless its config and the names and shapes of its tensors are the same to the letter.
+        """
+        weights = Weights(folder)
+        if _config_text(folder) != self._config or weights.shapes != self.weights.shapes:
+            return False
+        self.weights = weights
+        for stored, name in self._filled.items():
+            module, last = self._place(name)
+            weights.read_into(stored, getattr(module, last))
+        return True
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a weight, and its name there."""
+        owner, _, last = name.rpartition(".")
+        return self.model.get_submodule(owner), last
 
 
 def drop_weights(model: nn.Module) -> None:
@@ -164,6 +196,10 @@ def _fill_buffers(model: Any) -> None:
                 model._init_weights(module)
         if any(module._buffers[name].isnan().any() for name in missing):
             raise Unreadable(f"{type(module).__name__} does not say how its buffers {missing} are made")
+
+
+def _config_text(folder: Path) -> str:
+    return (folder / "config.json").read_text()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

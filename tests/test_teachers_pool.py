@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain.protocols import TeacherModel
 from posttrain.types import IntArray, Sample, TokenArrays, Tokens
 from teachers.batching import length_batches, packed_rows
 from teachers.cache import FileStore, MemoryStore
+from teachers.logits import OutputHead
 from teachers.pool import TeacherPool
 
 MIB = 2**20
@@ -166,6 +168,71 @@ def test_a_failed_load_is_reported_and_tried_again() -> None:
         with pytest.raises(OSError, match="storage is away"):
             pool.cache_states([sample(0, "a")], MemoryStore())
         assert pool.cache_states([sample(0, "a")], MemoryStore()).teacher_loads == 1
+
+
+@dataclass(frozen=True)
+class Refilled(FakeTeacher):
+    """Can be read into another's model, or cannot, or fails at it."""
+
+    result: bool | Exception = True
+    asked: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        self.asked.append("fingerprint")
+        return self.name
+
+    def load_head(self, device: str) -> OutputHead:
+        model = self.load(device)
+        return OutputHead(weight_VE=model.head, logit_cap=None)
+
+    def refill(self, model: TeacherModel, device: str) -> bool:
+        assert isinstance(model, FakeModel)
+        self.events.append(f"refill {model.name} with {self.name}")
+        if isinstance(self.result, Exception):
+            raise self.result
+        if self.result:
+            own = super().load(device)
+            model.embedding, model.head, model.name = own.embedding, own.head, own.name
+            self.events.pop()
+        return self.result
+
+
+def test_a_teacher_that_must_go_lends_its_memory_to_the_next() -> None:
+    events: list[str] = []
+    teachers = {name: Refilled(name, events, result=name != "d") for name in "abcd"}
+    with TeacherPool(teachers, memory_mb=2) as pool:
+        store = MemoryStore()
+        stats = pool.cache_states([sample(index, name) for index, name in enumerate("abcd")], store)
+        for index, name in enumerate("abcd"):
+            expected = teachers[name].load("cpu").hidden_states([sample(index, name).load().token_ids])[0]
+            assert torch.equal(store.get(f"s{index}"), expected[[1, 2, 4]].bfloat16())
+    assert stats.teacher_loads == 4
+    done = [event for event in events[: events.index("run d") + 1] if not event.startswith("run")]
+    assert done == ["load a", "load b", "refill a with c", "refill b with d", "close b", "load d"]
+
+
+def test_a_model_whose_memory_was_half_overwritten_is_closed() -> None:
+    events: list[str] = []
+    teachers = {name: Refilled(name, events) for name in "ab"}
+    teachers["c"] = Refilled("c", events, result=OSError("storage is away"))
+    with TeacherPool(teachers, memory_mb=2) as pool:
+        with pytest.raises(OSError, match="storage is away"):
+            pool.cache_states([sample(index, name) for index, name in enumerate("abc")], MemoryStore())
+        assert [event for event in events if event.startswith("close")] == ["close a"]
+
+
+def test_what_a_pool_asks_of_its_teachers_grows_with_their_number_only() -> None:
+    """Each fingerprint is a look at a folder."""
+    asked: list[str] = []
+    count = 20
+    names = [f"t{index:02}" for index in range(count)]
+    teachers = {name: Refilled(name, [], head_seed=index, asked=asked) for index, name in enumerate(names)}
+    with TeacherPool(teachers, memory_mb=2) as pool:
+        pool.cache_states([sample(index, name) for index, name in enumerate(names)], MemoryStore())
+        for name in names:
+            pool.head(name)
+    assert len(asked) <= 4 * count
 
 
 def test_heads_with_equal_content_are_one_and_never_swap() -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import RecipeError
 from teachers.pool import TeacherPool, content_hash
-from teachers.sources import AdapterTeacher, HFTeacher
+from teachers.sources import AdapterTeacher, DType, HFTeacher
 
 VOCAB = 64
 
@@ -96,6 +96,38 @@ def test_closed_teachers_free_their_weights_whoever_still_holds_a_module(checkpo
     teacher.close()
     assert module.weight.untyped_storage().nbytes() == 0
     assert torch.equal(head, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_is_read_into_the_memory_of_another_of_its_kind(dtype: DType, tied: bool, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_llama(seed, tied=tied).save_pretrained(tmp_path / str(seed))
+    first, second = (HFTeacher(str(tmp_path / str(seed)), dtype) for seed in (0, 1))
+    model, expected = first.load("cpu"), second.load("cpu")
+    place = model.head.data_ptr()
+    assert second.refill(model, "cpu")
+    assert model.head.data_ptr() == place
+    assert torch.equal(model.head, expected.head)
+    for found, states in zip(model.hidden_states(sequences()), expected.hidden_states(sequences()), strict=True):
+        assert torch.equal(found, states)
+
+
+def test_a_model_of_another_kind_is_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    model = HFTeacher(str(checkpoint), "float32").load("cpu")
+    head, states = model.head.clone(), model.hidden_states(sequences())
+    tiny_llama(1, tied=False).save_pretrained(tmp_path / "untied")
+    tiny_llama(1).save_pretrained(tmp_path / "scaled")
+    config = tmp_path / "scaled" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+    tiny_llama(1).save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    others = [HFTeacher(str(tmp_path / name), "float32") for name in ("untied", "scaled", "broken")]
+    for other in (*others, HFTeacher(str(checkpoint), "bfloat16")):
+        assert not other.refill(model, "cpu")
+    assert torch.equal(model.head, head)
+    for found, before in zip(model.hidden_states(sequences()), states, strict=True):
+        assert torch.equal(found, before)
 
 
 def test_adapters_change_the_logits_and_share_the_base_head(checkpoint: Path, tmp_path: Path) -> None:
