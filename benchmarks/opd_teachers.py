@@ -4,19 +4,22 @@
 
 The student and the teachers are checkpoints of one shape with random weights, written for the occasion. A step is
 what ``posttrain.stages.distill`` does after the rollouts: the teachers read their samples and leave the states in
-files, and the learner makes one update. Each count of teachers gets a pool and a learner of its own; the pool has
-memory for one teacher at work and one loading. Steps are made in turn, so that a slow moment of the machine hits both
-counts. A hundred teachers are of a small shape, against one of that shape, with as many samples each as the twelve.
+files, and the learner makes one update. Each count of teachers has a process of its own, whose memory is measured, with
+a pool that has room for one teacher at work and one loading. Steps are made in turn, so that a slow moment of the
+machine hits both counts. A hundred teachers are of a small shape, against one of that shape, with as many samples each
+as the twelve.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +58,7 @@ SAMPLES = 200
 
 
 class Measured(NamedTuple):
-    """Of one step, or while it was made."""
+    """Of one step, but for the peak, which is that of all."""
 
     seconds: float
     head_loads: float
@@ -113,25 +116,55 @@ def open_step(folder: Path, count: int, samples: list[Sample], device: str) -> I
         learner.close()
 
 
+def serve(connection: Connection, folder: Path, count: int, samples: list[Sample], options: Namespace) -> None:
+    """Make a step each time it is asked for, and at the end send what they took beside time."""
+    peak = PeakMemory(options.device)
+    with open_step(folder, count, samples, options.device) as step:
+        while connection.recv():
+            heads = step()["teacher/head_loads"]
+            connection.send(heads)
+    connection.send(peak.mib())
+
+
+@contextmanager
+def step_in_process(
+    folder: Path, count: int, samples: list[Sample], options: Namespace
+) -> Iterator[tuple[Callable[[], float], Callable[[], float]]]:
+    """A step that returns its loads of heads, and a function that ends the process and returns its peak in MiB."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, folder, count, samples, options))
+    process.start()
+    there.close()
+
+    def ask(for_step: bool) -> float:
+        here.send(for_step)
+        return float(here.recv())
+
+    try:
+        yield lambda: ask(True), lambda: ask(False)
+    finally:
+        here.close()
+        process.join()
+
+
 def measure(config: LlamaConfig, counts: Sequence[int], num_samples: int, options: Namespace) -> dict[int, Measured]:
     """By number of teachers."""
-    samples, heads, peaks = make_samples(num_samples, config.vocab_size), {}, {}
+    samples, heads = make_samples(num_samples, config.vocab_size), {}
     with tempfile.TemporaryDirectory(prefix="posttrain-benchmark-") as name, ExitStack() as opened:
         folder, console = Path(name), Console(width=110)
         write_checkpoint(config, folder / "student", seed=1000)
         for index in range(max(counts)):
             write_checkpoint(config, folder / str(index), seed=index)
-        steps = {}
-        for count in counts:
-            peak = PeakMemory(options.device)
-            steps[count] = opened.enter_context(open_step(folder, count, samples, options.device))
+        processes = {count: opened.enter_context(step_in_process(folder, count, samples, options)) for count in counts}
+        steps = {count: step for count, (step, _) in processes.items()}
+        for count, step in steps.items():
             # The optimizer has its state from the second on.
             for _ in range(1 if options.quick else 2):
-                heads[count] = steps[count]()["teacher/head_loads"]
-            peaks[count] = peak.mib()
+                heads[count] = step()
             console.print(f"{count} teachers, {config.num_hidden_layers} layers, {num_samples} samples: ready")
-        taken = seconds_in_turns(steps, options.device, repeats=1 if options.quick else 2, warm_up=0)
-        found = {count: Measured(taken[count], heads[count], peaks[count]) for count in counts}
+        taken = seconds_in_turns(steps, options.device, repeats=1 if options.quick else 3, warm_up=0)
+        found = {count: Measured(taken[count], heads[count], end()) for count, (_, end) in processes.items()}
         for count in counts:
             console.print(f"{count} teachers: {found[count]}")
     return found
@@ -139,7 +172,8 @@ def measure(config: LlamaConfig, counts: Sequence[int], num_samples: int, option
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    found = measure(SMALL_CONFIG if options.quick else CONFIG, [1, 12], SAMPLES, options)
+    num_samples = SAMPLES * 3 // 4 if options.quick else SAMPLES
+    found = measure(SMALL_CONFIG if options.quick else CONFIG, [1, 12], num_samples, options)
     one, twelve = found[1], found[12]
     metrics = [
         Metric("step_ratio_12", twelve.seconds / one.seconds, "ratio", "<= 1.1"),
@@ -158,7 +192,7 @@ def main() -> None:
             Metric("small_head_loads_100", found[100].head_loads, "per step", "<= 100"),
             Metric("small_peak_ratio_100", found[100].peak_mib / found[1].peak_mib, "ratio", "<= 1.1"),
         ]
-    tokens = sum(len(sample) for sample in make_samples(SAMPLES, CONFIG.vocab_size))
+    tokens = sum(len(sample) for sample in make_samples(num_samples, CONFIG.vocab_size))
     report(f"opd_teachers, {tokens:,} tokens a step", metrics, options.json, device=options.device)
 
 
