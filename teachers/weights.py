@@ -6,6 +6,7 @@ against a limit on address space, and its pages against a container's memory, wh
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -148,7 +149,9 @@ class Skeleton:
                 module._buffers[last] = self.weights.read(stored, buffer.dtype)
                 continue
             if stored not in read:
-                read[stored] = nn.Parameter(self.weights.read(stored, dtype).to(device), requires_grad=False)
+                tensor = _mapped(self.weights.shape(stored), dtype)
+                self.weights.read_into(stored, tensor)
+                read[stored] = nn.Parameter(tensor.to(device), requires_grad=False)
             module._parameters[last] = read[stored]
         return self.model
 
@@ -200,6 +203,18 @@ def _fill_buffers(model: Any) -> None:
 
 def _config_text(folder: Path) -> str:
     return (folder / "config.json").read_text()
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor in memory of its own, which goes back to the system when it is freed.
+
+    What malloc gives, in blocks of a few MiB, may stay with the process.
+    """
+    size = prod(shape) * dtype.itemsize
+    if size < mmap.PAGESIZE:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
