@@ -8,7 +8,7 @@ States are kept in bfloat16, which rounds each element by at most 1 part in 512.
 around their mean this adds about 1e-6 s^2 nats to the KL of a float32 teacher: far below what a student is away
 from it, and for a bfloat16 teacher nothing at all. ``teachers.checks`` measures it at start-up.
 
-One thread uses a pool; the pool's own background thread does nothing but load.
+One thread uses a pool; the pool's own background thread loads, and closes what a load has no use for.
 """
 
 from __future__ import annotations
@@ -291,7 +291,8 @@ class TeacherPool:
             try:
                 model = future.result()
             finally:
-                del self._loading[name]  # A load that failed is tried again next time.
+                if future.done():  # and not interrupted
+                    del self._loading[name]  # A load that failed is tried again next time.
             self._require_unchanged(name)
             self._stats.load_wait_s += time.monotonic() - started
             self._stats.teacher_loads += 1

@@ -164,6 +164,7 @@ class CausalTeacher:
         self._skeleton = skeleton
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
+        self._as_read = _versions(self._model)
         self._transform = LogitTransform.of(model.config)
         check_logits(self._model, self._transform, name=name)
         self._packs = pack(self._model)
@@ -218,16 +219,21 @@ class CausalTeacher:
                 yield index, states_BTE[row, : lengths[index]].clone()
 
     def refill(self, folder: Path, dtype: DType, device: str) -> bool:
-        """See ``HFTeacher.refill``. What was checked of the architecture at the load holds for the other, too."""
+        """See ``HFTeacher.refill``. What was checked of the architecture at the load holds for the other, too.
+
+        A model whose forward passes change weights or buffers (RWKV's rescaling, dynamic rope) is not used again.
+        """
         skeleton = self._skeleton
-        if skeleton is None or device != self._device:
+        if skeleton is None or device != self._device or _versions(self._model) != self._as_read:
             return False
         if compute_dtype(dtype, skeleton.num_parameters, device) is not self.head.dtype:
             return False
         try:
-            return skeleton.refill(folder)
+            refilled = skeleton.refill(folder)
         except Unreadable:
             return False
+        self._as_read = _versions(self._model)
+        return refilled
 
     def close(self) -> None:
         """Free the weights. Tensors handed out before stay valid and keep only themselves alive."""
@@ -236,6 +242,11 @@ class CausalTeacher:
             self._model = None
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _versions(model: Any) -> list[tuple[int, int]]:
+    """Of each weight and buffer, which tensor it is and how often it was changed in place."""
+    return [(id(tensor), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _load_frozen(path: str, dtype: DType, device: str) -> tuple[Any, Skeleton | None]:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from posttrain.checkpoint_files import safetensors_files, safetensors_header
+from posttrain.stability.layers import asks_for_stable_layers
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -115,6 +116,8 @@ class Skeleton:
         config = AutoConfig.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise Unreadable(f"{folder} is quantized")
+        if asks_for_stable_layers(config):
+            raise Unreadable(f"the config of {folder} asks for layers of posttrain.stability")
         # Not with dtype: that would change torch's default for the whole process meanwhile.
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -144,14 +147,15 @@ class Skeleton:
         read: dict[str, nn.Parameter] = {}
         for name, stored in self.sources().items():
             module, last = self._place(name)
-            self._filled[stored] = name
             if (buffer := module._buffers.get(last)) is not None:
                 module._buffers[last] = self.weights.read(stored, buffer.dtype)
+                self._filled[name] = stored
                 continue
             if stored not in read:
                 tensor = _mapped(self.weights.shape(stored), dtype)
                 self.weights.read_into(stored, tensor)
                 read[stored] = nn.Parameter(tensor.to(device), requires_grad=False)
+                self._filled[name] = stored
             module._parameters[last] = read[stored]
         return self.model
 
@@ -165,7 +169,7 @@ class Skeleton:
         if _config_text(folder) != self._config or weights.shapes != self.weights.shapes:
             return False
         self.weights = weights
-        for stored, name in self._filled.items():
+        for name, stored in self._filled.items():
             module, last = self._place(name)
             weights.read_into(stored, getattr(module, last))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain.errors import RecipeError
+from posttrain.models import load_model
+from posttrain.stability.layers import QUANTISATION, SWIGLU_LIMIT
 from teachers.pool import TeacherPool, content_hash
 from teachers.sources import AdapterTeacher, DType, HFTeacher
 
@@ -128,6 +131,39 @@ def test_a_model_of_another_kind_is_left_as_it_is(checkpoint: Path, tmp_path: Pa
     assert torch.equal(model.head, head)
     for found, before in zip(model.hidden_states(sequences()), states, strict=True):
         assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor"])
+def test_a_model_that_changed_its_own_weights_is_not_used_again(change: str, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_llama(seed).save_pretrained(tmp_path / str(seed))
+    first, second = (HFTeacher(str(tmp_path / str(seed)), "float32") for seed in (0, 1))
+    model = first.load("cpu")
+    assert second.refill(model, "cpu")
+    assert first.refill(model, "cpu")
+    rotary = model._model.model.rotary_emb
+    if change == "in place":
+        model._model.model.layers[0].mlp.up_proj.weight.div_(2)
+    else:
+        rotary.register_buffer("inv_freq", rotary.inv_freq / 2, persistent=False)
+    assert not second.refill(model, "cpu")
+
+
+@pytest.mark.parametrize("entry", [{SWIGLU_LIMIT: 0.05}, {QUANTISATION: "mxfp4"}])
+def test_teachers_compute_as_their_config_says(entry: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_llama(0)
+    model.save_pretrained(tmp_path / "plain")
+    model.config.update(entry)
+    model.save_pretrained(tmp_path / "stable")
+    teacher = HFTeacher(str(tmp_path / "stable"), "float32")
+    states, head = teacher.load("cpu").hidden_states(sequences()), teacher.load_head("cpu").weight_VE
+    loaded, plain = (load_model(str(tmp_path / name), torch.float32).eval() for name in ("stable", "plain"))
+    for ids, states_TE in zip(sequences(), states, strict=True):
+        ids_BT = torch.as_tensor(ids, dtype=torch.long)[None]
+        with torch.no_grad():
+            logits, unchanged = loaded(ids_BT).logits[0], plain(ids_BT).logits[0]
+        torch.testing.assert_close(states_TE @ head.T, logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits, unchanged, rtol=1e-2, atol=1e-2)
 
 
 def test_adapters_change_the_logits_and_share_the_base_head(checkpoint: Path, tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ def use_stable_layers(model: nn.Module) -> None:
 
     Raises ``RecipeError`` when it asks for something and no layer is recognised.
     """
-    limit, quantisation = getattr(model.config, SWIGLU_LIMIT, None), getattr(model.config, QUANTISATION, None)
-    if limit is None and quantisation is None:
+    if not asks_for_stable_layers(model.config):
         return
+    limit, quantisation = getattr(model.config, SWIGLU_LIMIT, None), getattr(model.config, QUANTISATION, None)
     layers = [module for module in model.modules() if _is_dense(module) or _is_experts(module)]
     experts = [layer for layer in layers if _is_experts(layer)]
     if not layers:
@@ -49,6 +49,11 @@ def use_stable_layers(model: nn.Module) -> None:
         for layer in experts or layers:
             for matrix in _matrices(layer):
                 matrix.__class__ = _derived(type(matrix), QuantisedExperts if _is_experts(matrix) else QuantisedMatrix)
+
+
+def asks_for_stable_layers(config: Any) -> bool:
+    """Whether ``use_stable_layers`` changes a model of this config."""
+    return any(getattr(config, entry, None) is not None for entry in (SWIGLU_LIMIT, QUANTISATION))
 
 
 def clamp_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> tuple[torch.Tensor, torch.Tensor]:
